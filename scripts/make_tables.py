@@ -1,0 +1,231 @@
+"""Markdown tables from the per-length files under results/: standard and SpecExtend side by side.
+
+    python scripts/make_tables.py                      # writes results/REPORT.md
+    python scripts/make_tables.py --readme README.md   # and the short form between the README's results markers
+
+A table shows what was measured under one setting: same folder, data, models, dtype, hardware, tree, new tokens and
+temperature. Further methods of that setting (an ablation) get rows of their own below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+STANDARD, SPECEXTEND = "standard", "specextend"
+RUN = ["folder", "model", "dtype", "device", "hardware", "tree", "max_gen_len"]
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+LEGEND = (
+    "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
+    "token included; autoregressive decoding (AR) has 1. *Decode*: after the first token. *Speed-up*: against AR on "
+    "the same prompts in the same process. *Ratio*: SpecExtend over standard. *Equal*: samples whose tokens are those "
+    "of AR, of all."
+)
+
+
+def main() -> None:
+    args = parse_args()
+    figures = read_results(args.results)
+    if figures.empty:
+        sys.exit(f"no per-length files of eval_classic.py under {args.results}")
+    report = args.results / "REPORT.md"
+    report.write_text(full_report(figures), encoding="utf-8")
+    written = [str(report)]
+    if args.readme:
+        fill_readme(args.readme, short_report(figures))
+        written.append(str(args.readme))
+    print(json.dumps({"files": sorted(set(figures["file"])), "written": written}))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the per-length files")
+    parser.add_argument("--readme", type=Path, help="file whose text between the results markers is replaced")
+    return parser.parse_args()
+
+
+# --- reading (plot_results.py reads through this too) ---------------------------------------------------------------
+
+
+def read_results(results: Path) -> pd.DataFrame:
+    """One row per file and nominal length, shortest first: the `RUN` columns, data, temperature, method, figures.
+
+    Nested figures get dotted names: `prompt_tokens.mean`, `spread.speedup_decode.p10`.
+    """
+    rows = []
+    for path in sorted(results.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "setting" not in content.get("manifest", {}):
+            continue
+        setting = _setting_columns(content.pop("manifest"))
+        place = {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
+        rows += [{**place, **setting, "length": length, **figures} for length, figures in content.items()]
+    if not rows:
+        return pd.DataFrame()
+    figures = pd.json_normalize(rows).astype({"prompt_tokens.mean": float})
+    figures["method"] = _distinct_methods(figures)
+    return figures.sort_values([*RUN, "data", "temperature", "prompt_tokens.mean", "file"], ignore_index=True)
+
+
+def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
+    setting, environment = manifest["setting"], manifest["environment"]
+    tree, hardware = setting["config"]["tree"], environment["hardware"]
+    cpu = f"{hardware['cpu']} with {environment['threads']} of {hardware['cores']} cores"
+    return {
+        "data": setting["data"],
+        "temperature": setting["sampling"]["temperature"],
+        "method": setting["method"],
+        "model": setting["model"],
+        "dtype": setting["dtype"],
+        "device": setting["device"],
+        "hardware": hardware["gpu"] if setting["device"] == "cuda" else cpu,
+        "tree": f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}",
+        "max_gen_len": setting["max_gen_len"],
+        "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
+    }
+
+
+def _distinct_methods(figures: pd.DataFrame) -> pd.Series:
+    """The method's name, with the file's where two files of one setting share it."""
+    twice = figures.duplicated([*RUN, "data", "temperature", "length", "method"], keep=False)
+    twice = figures["file"].isin(figures.loc[twice, "file"])
+    return figures["method"].mask(twice, figures["method"] + " (" + figures["file"] + ")")
+
+
+def runs_of(figures: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
+    """Settings, each with the rows measured under it."""
+    for _, rows in figures.groupby(RUN, sort=False):
+        yield rows.iloc[0], rows
+
+
+def title_of(run: pd.Series) -> str:
+    return f"{run['model']}, {run['dtype']}, {run['hardware']}; tree: {run['tree']}; {run['max_gen_len']} new tokens"
+
+
+def pivot(rows: pd.DataFrame, figure: str) -> pd.DataFrame:
+    """A figure by length (in order of prompt tokens) and method; a method that was not measured is all NaN."""
+    order = rows.drop_duplicates("length").set_index("length").index
+    table = rows.pivot(index="length", columns="method", values=figure).astype(float).reindex(order)
+    return table.reindex(columns=[STANDARD, SPECEXTEND, *(set(table.columns) - {STANDARD, SPECEXTEND})])
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def full_report(figures: pd.DataFrame) -> str:
+    parts = ["# Results", "Written by `scripts/make_tables.py` from the files named below; do not edit.", LEGEND]
+    for run, measured in runs_of(figures):
+        parts.append(f"## {title_of(run)}")
+        for (data, temperature), rows in measured.groupby(["data", "temperature"], sort=False):
+            parts += [f"### {data}, temperature {temperature:g}", side_by_side(rows)]
+            others = rows[~rows["method"].isin([STANDARD, SPECEXTEND])]
+            if not others.empty:
+                parts.append(other_methods(others))
+            sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
+            versions = "; ".join(sorted(set(rows["versions"])))
+            parts.append(f"{rows['samples'].max()} samples per length, {versions}. Files: {sources}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def side_by_side(rows: pd.DataFrame) -> str:
+    prompt_tokens = rows.drop_duplicates("length").set_index("length")["prompt_tokens.mean"]
+    baseline = pivot(rows, "autoregressive.decode_tokens_per_sec")[[STANDARD, SPECEXTEND]].mean(axis="columns")
+    columns = {
+        "prompt tokens": number(prompt_tokens, 0),
+        **both("accepted", pivot(rows, "avg_accept_length")),
+        **both("tokens/round", pivot(rows, "tokens_per_round"), ratio=False),
+        "decode tok/s: AR": number(baseline, 1),
+        **both("decode tok/s", pivot(rows, "decode_tokens_per_sec"), digits=1, ratio=False),
+        **both("decode speed-up", pivot(rows, "speedup_decode")),
+        **both("end-to-end speed-up", pivot(rows, "speedup")),
+        "equal: standard": equal(rows, STANDARD),
+        "equal: SpecExtend": equal(rows, SPECEXTEND),
+    }
+    return markdown(pd.DataFrame(columns))
+
+
+def both(name: str, table: pd.DataFrame, *, digits: int = 2, ratio: bool = True) -> dict[str, pd.Series]:
+    """Columns of a figure for standard and SpecExtend, and their ratio."""
+    columns = {
+        f"{name}: standard": number(table[STANDARD], digits),
+        f"{name}: SpecExtend": number(table[SPECEXTEND], digits),
+    }
+    return columns | ({f"{name}: ratio": number(table[SPECEXTEND] / table[STANDARD])} if ratio else {})
+
+
+def other_methods(rows: pd.DataFrame) -> str:
+    columns = {
+        "method": rows["method"],
+        "accepted": number(rows["avg_accept_length"]),
+        "tokens/round": number(rows["tokens_per_round"]),
+        "decode tok/s": number(rows["decode_tokens_per_sec"], 1),
+        "decode speed-up": number(rows["speedup_decode"]),
+        "end-to-end speed-up": number(rows["speedup"]),
+        "equal": rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str),
+    }
+    return markdown(pd.DataFrame(columns).set_index(rows["length"]))
+
+
+def number(values: pd.Series, digits: int = 2) -> pd.Series:
+    """Formatted; empty where there is no figure."""
+    return values.astype(float).map(lambda value: "" if pd.isna(value) else f"{value:,.{digits}f}")
+
+
+def equal(rows: pd.DataFrame, method: str) -> pd.Series:
+    rows = rows[rows["method"] == method].set_index("length")
+    return rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table with the named index as its first column."""
+    header = [table.index.name, *table.columns]
+    lines = [header, ["---:"] * len(header)]
+    lines += [[length, *cells] for length, cells in zip(table.index, table.fillna("").values, strict=True)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+# --- the README's short form ----------------------------------------------------------------------------------------
+
+
+def short_report(figures: pd.DataFrame) -> str:
+    parts = []
+    for run, measured in runs_of(figures):
+        both = measured[measured["method"].isin([STANDARD, SPECEXTEND])]
+        if both["method"].nunique() < 2:
+            continue
+        parts += [f"**{title_of(run)}**", short_table(both)]
+    parts.append(f"{LEGEND} All figures: [results/REPORT.md](results/REPORT.md).")
+    return "\n\n".join(parts)
+
+
+def short_table(rows: pd.DataFrame) -> str:
+    """One line per data set, temperature and length."""
+    tables = []
+    for (data, temperature), measured in rows.groupby(["data", "temperature"], sort=False):
+        columns = {
+            **both("accepted", pivot(measured, "avg_accept_length")),
+            **both("decode speed-up", pivot(measured, "speedup_decode")),
+            "equal: SpecExtend": equal(measured, SPECEXTEND),
+        }
+        table = pd.DataFrame(columns)
+        tables.append(table.set_index(f"{data}, temperature {temperature:g}, " + table.index))
+    return markdown(pd.concat(tables).rename_axis("prompts"))
+
+
+def fill_readme(readme: Path, text: str) -> None:
+    """Replace what stands between the markers; exit with one line where they are missing."""
+    content = readme.read_text(encoding="utf-8")
+    if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(END) < content.index(BEGIN):
+        sys.exit(f"{readme} needs one {BEGIN} and one {END} after it; the results go between them")
+    before, _, rest = content.partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Figures from the per-length files under results/, as SVG and PNG into results/figures.
+
+    python scripts/plot_results.py
+
+Two figures per setting (see make_tables.py), one panel per data set and temperature: draft tokens accepted per round
+against the length, and the decoding speed-up over autoregressive decoding in bars per length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from make_tables import SPECEXTEND, STANDARD, read_results, runs_of, title_of
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart by colour-blind readers, and by lightness, marker and hatch in grey print.
+STYLES = {
+    STANDARD: {"color": "#E69F00", "marker": "s", "linestyle": "--", "hatch": "///", "label": "standard"},
+    SPECEXTEND: {"color": "#0072B2", "marker": "o", "linestyle": "-", "hatch": "", "label": "SpecExtend"},
+}
+LAYOUT = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "hatch.linewidth": 0.6,
+    "svg.hashsalt": "specextend",  # the same figures give the same file
+}
+
+
+def main() -> None:
+    args = parse_args()
+    figures = read_results(args.results)
+    if figures.empty:
+        sys.exit(f"no per-length files of eval_classic.py under {args.results}")
+    plt.rcParams.update(LAYOUT)
+    folder = args.output or args.results / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = list(runs_of(figures[figures["method"].isin(STYLES)]))
+    written = []
+    for name, (run, rows) in zip(distinct([slug(run) for run, _ in runs]), runs, strict=True):
+        for kind, label, draw in (
+            ("accepted", "accepted draft tokens per round", draw_accepted),
+            ("speedup", "decoding speed-up over autoregressive", draw_speedup),
+        ):
+            figure = panels(rows, draw, title=title_of(run), label=label)
+            written += save(figure, folder / f"{kind}_{name}")
+    print(json.dumps({"written": written}))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the per-length files")
+    parser.add_argument("--output", type=Path, help="folder for the figures (default: <results>/figures)")
+    return parser.parse_args()
+
+
+def panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], *, title: str, label: str) -> Figure:
+    """One panel per data set (across) and temperature (down), all on one scale.
+
+    Args:
+        rows: what was measured under one setting.
+        draw: fills a panel from the rows of its data set and temperature.
+        label: of the vertical axis.
+    """
+    data, temperatures = rows["data"].unique(), sorted(rows["temperature"].unique())
+    size = (1.2 + 3.2 * len(data), 1.2 + 2.3 * len(temperatures))
+    figure, grid = plt.subplots(
+        len(temperatures), len(data), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes_row, temperature in zip(grid, temperatures, strict=True):
+        for axes, name in zip(axes_row, data, strict=True):
+            axes.set_title(f"{name}, temperature {temperature:g}")
+            panel = rows[(rows["data"] == name) & (rows["temperature"] == temperature)]
+            if panel.empty:
+                axes.set_axis_off()
+                continue
+            draw(axes, panel)
+    grid[0, 0].margins(y=0.1)
+    grid[0, 0].set_ylim(bottom=0)  # shared; set last, once all panels are scaled
+    figure.supylabel(label, fontsize=9)
+    figure.supxlabel("prompt tokens (nominal)", fontsize=9)
+    entries = {
+        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), frameon=False)
+    note = f"{title}\nbands and whiskers: 10th to 90th percentile of the samples"
+    figure.text(0.5, -0.01, note, ha="center", va="top", fontsize=7, color="#555555")
+    return figure
+
+
+def draw_accepted(axes: Axes, rows: pd.DataFrame) -> None:
+    """Lines with a band from the 10th to the 90th percentile of the samples."""
+    lengths = list(rows["length"].unique())
+    for method, style in STYLES.items():
+        measured = rows[rows["method"] == method]
+        x = [lengths.index(length) for length in measured["length"]]
+        line = {name: style[name] for name in ("color", "marker", "linestyle", "label")}
+        low, high = (measured[f"spread.avg_accept_length.{edge}"].astype(float) for edge in ("p10", "p90"))
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(x, measured["avg_accept_length"].astype(float), markersize=5, linewidth=1.8, **line)
+    axes.set_xticks(range(len(lengths)), lengths)
+
+
+def draw_speedup(axes: Axes, rows: pd.DataFrame) -> None:
+    """Bars with the value on top, whiskers from the 10th to the 90th percentile, autoregressive decoding as a line."""
+    lengths = list(rows["length"].unique())
+    width = 0.4
+    for offset, (method, style) in zip((-width / 2, width / 2), STYLES.items(), strict=True):
+        measured = rows[rows["method"] == method]
+        x = np.array([lengths.index(length) for length in measured["length"]]) + offset
+        height = measured["speedup_decode"].astype(float).to_numpy()
+        look = {"facecolor": style["color"], "hatch": style["hatch"], "edgecolor": "white", "label": style["label"]}
+        axes.bar(x, height, width, **look)
+        low, high = (measured[f"spread.speedup_decode.{edge}"].astype(float).to_numpy() for edge in ("p10", "p90"))
+        axes.vlines(x, low, high, color="#333333", linewidth=1)
+        for position, value, top in zip(x, height, np.fmax(height, high), strict=True):
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+            text = {"ha": "center", "va": "bottom", "fontsize": 7, "bbox": box}
+            axes.annotate(f"{value:.1f}", (position, top), (0, 2.5), textcoords="offset points", **text)
+    axes.axhline(1, color="black", linewidth=1, linestyle=":", label="autoregressive = 1")
+    axes.set_xticks(range(len(lengths)), lengths)
+
+
+def slug(run: pd.Series) -> str:
+    """Short name of a setting: `cpu_bundled_float32_50x10`."""
+    nodes, depth = re.findall(r"\d+", run["tree"])[:2]
+    parts = [run["folder"], run["model"], run["dtype"], f"{nodes}x{depth}"]
+    return re.sub(r"[^A-Za-z0-9_]+", "-", "_".join(parts)).strip("-_")
+
+
+def distinct(names: list[str]) -> list[str]:
+    """Names with a number behind those that occurred before."""
+    return [f"{name}-{seen + 1}" if (seen := names[:index].count(name)) else name for index, name in enumerate(names)]
+
+
+def save(figure: Figure, path: Path) -> list[str]:
+    """SVG and PNG without a date, so that unchanged results give unchanged files."""
+    targets = [Path(f"{path}.svg"), Path(f"{path}.png")]
+    figure.savefig(targets[0], bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(targets[1], bbox_inches="tight", dpi=200)
+    plt.close(figure)
+    return [str(target) for target in targets]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Build evaluation prompts under data/: from the Hugging Face hub, a folder of text files, or the built-in text.
+
+python scripts/prepare_data.py govreport pg19        # these two; without names govreport, pg19, booksum and aime24
+python scripts/prepare_data.py --from_dir FOLDER     # data/FOLDER from the .txt, .md and .rst files in it
+python scripts/prepare_data.py --builtin             # data/builtin from Python's language reference, no network
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout, installed or not
+
+from specextend.cli import run
+from specextend.data import parse_length
+from specextend.errors import InputError
+from specextend.prepare import (
+    BUILTIN,
+    DEFAULT_LENGTHS,
+    DEFAULT_SAMPLES,
+    HUB_SOURCES,
+    PrepareConfig,
+    prepare_folder,
+    prepare_known,
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(HUB_SOURCES)} (default: all)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--from_dir", type=Path, metavar="FOLDER", help="build from the text files in a folder")
+    source.add_argument("--builtin", action="store_true", help="build from Python's language reference")
+    parser.add_argument("--name", help="name of the set built with --from_dir (default: the folder's)")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="where the sets' folders go (default: data)")
+    parser.add_argument("--model_name", "-m", default="bundled", help="its tokenizer counts (default: bundled)")
+    parser.add_argument("--lengths", nargs="+", default=DEFAULT_LENGTHS, help="in tokens (default: 512 1K ... 16K)")
+    parser.add_argument("--samples", "-n", type=int, default=DEFAULT_SAMPLES, help="prompts per length (default: 20)")
+    parser.add_argument("--force", action="store_true", help="build again what is there already")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.sets and (args.builtin or args.from_dir):
+        raise InputError(f"{' '.join(args.sets)} come from the hub; give either sets, or --from_dir, or --builtin")
+    if args.name and not args.from_dir:
+        raise InputError("--name names what --from_dir builds; give both or neither")
+    lengths = tuple(parse_length(label) for label in args.lengths)
+    config = PrepareConfig(args.root, args.model_name, lengths, args.samples, args.force)
+    if args.from_dir:
+        prepare_folder(args.from_dir, args.name, config)
+    else:
+        for name in [BUILTIN] if args.builtin else args.sets or HUB_SOURCES:
+            prepare_known(name, config)
+
+
+if __name__ == "__main__":
+    run(main)

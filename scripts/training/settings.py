@@ -1,0 +1,112 @@
+"""Everything a training run can be told, its defaults those of the bundled pair."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+STAGES = ("tokenizer", "target", "draft", "measure")
+
+# Two runs that differ in one of these cannot share an output folder: stages would not fit together.
+IDENTITY = (
+    "seed", "vocab_size", "max_characters", "validation_tokens", "target_hidden", "target_layers", "target_heads",
+    "target_ffn", "draft_hidden", "draft_layers", "draft_heads", "draft_ffn", "long_context", "draft_context",
+)  # fmt: skip
+
+
+class TrainingError(Exception):
+    """The caller's mistake: what was given and the way out, in one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes, budgets in seconds and seeds of one run."""
+
+    seed: int = 0
+    vocab_size: int = 8192
+    max_characters: int = 0  # of the corpus; 0 reads all of it
+    validation_tokens: int = 1_000_000
+    num_facts: int = 20_000
+
+    target_hidden: int = 384
+    target_layers: int = 6
+    target_heads: int = 6
+    target_ffn: int = 1024
+    draft_hidden: int = 256
+    draft_layers: int = 2
+    draft_heads: int = 4
+    draft_ffn: int = 704
+    draft_source_layers: str = "2,4"  # of the target, whose weights the draft's layers start from; "" starts at random
+
+    short_context: int = 2048
+    short_batch: int = 64
+    long_context: int = 16384
+    long_batch: int = 8
+    draft_context: int = 1024
+    draft_batch: int = 128
+
+    target_seconds: float = 840.0
+    long_fraction: float = 0.42
+    generation_seconds: float = 60.0
+    generation_rows: int = 4096
+    generation_prompt: int = 256
+    draft_seconds: float = 300.0
+
+    matrix_lr: float = 0.02
+    adam_lr: float = 3e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    uncounted_steps: int = 20  # at the start of each phase, off the clock: compilation
+    unlikelihood_weight: float = 0.5
+    log_steps: int = 200
+    validations: int = 8  # per training stage
+    checkpoint_seconds: float = 120.0
+
+    measure_windows: int = 40
+    measure_prompts: int = 64
+
+    def __post_init__(self) -> None:
+        if self.target_hidden % self.target_heads or self.draft_hidden % self.draft_heads:
+            raise TrainingError("the hidden size must be a multiple of the number of heads")
+        if not 0 <= self.long_fraction <= 1:
+            raise TrainingError(f"--long_fraction {self.long_fraction} is not between 0 and 1")
+        if self.generation_prompt >= self.draft_context:
+            raise TrainingError(f"--generation_prompt must stay below --draft_context ({self.draft_context})")
+        if self.draft_context > self.long_context or self.short_context > self.long_context:
+            raise TrainingError(f"no context may exceed --long_context ({self.long_context})")
+        if self.vocab_size > 2**16:
+            raise TrainingError(f"--vocab_size {self.vocab_size} does not fit 16-bit tokens (65536)")
+
+    def smoke(self) -> "Settings":
+        """The same shapes, a few seconds per stage, on a slice of the corpus."""
+        return dataclasses.replace(
+            self, max_characters=14_000_000, validation_tokens=400_000, num_facts=2_000, target_seconds=5.0,
+            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, log_steps=20, validations=2, checkpoint_seconds=3.0,
+            measure_windows=4, measure_prompts=16,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run keeps its files: what ships, and `work/`, which only resuming needs."""
+
+    out: Path
+
+    @property
+    def target(self) -> Path:
+        return self.out / "target"
+
+    @property
+    def draft(self) -> Path:
+        return self.out / "draft"
+
+    @property
+    def work(self) -> Path:
+        return self.out / "work"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.work / "tokenizer"
+
+    @property
+    def record(self) -> Path:
+        return self.out / "training_record.json"

@@ -1,0 +1,17 @@
+"""SpecExtend: lossless speculative decoding that stays fast on long inputs (arXiv 2505.20776)."""
+
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.engine import SpecExtend
+from specextend.generate import Generation, Round
+from specextend.models import PRESETS
+
+__all__ = [
+    "PRESETS",
+    "Generation",
+    "RetrievalConfig",
+    "Round",
+    "SamplingConfig",
+    "SpecExtend",
+    "SpecExtendConfig",
+    "TreeConfig",
+]

@@ -1,0 +1,129 @@
+"""Settings as frozen dataclasses, validated on construction; the defaults are the paper's (Appendix D).
+
+`SpecExtendConfig.standard()` is the paper's baseline (dense attention, full draft cache) and
+`SpecExtendConfig.specextend()` turns on all three parts; the switches in between make the ablation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from specextend.errors import ConfigError
+
+DraftCacheKind = Literal["full", "streaming", "retrieval"]
+DRAFT_CACHES: tuple[str, ...] = ("full", "streaming", "retrieval")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """OPT-Tree draft trees ("Hybrid Tree Attention"; Appendix D).
+
+    Args:
+        nodes: draft tokens per tree, the root (a token already emitted) not counted.
+        max_depth: longest path of draft tokens, hence draft forward passes per round at most.
+        threshold: stop deepening when one more level adds less than this to the expected accepted length.
+    """
+
+    nodes: int = 50
+    max_depth: int = 10
+    threshold: float = 0.7
+
+    def __post_init__(self) -> None:
+        _require(self.nodes >= 1, f"nodes is {self.nodes}; a draft tree needs at least 1")
+        _require(self.max_depth >= 1, f"max_depth is {self.max_depth}; a draft tree needs at least 1 level")
+        _require(self.threshold >= 0, f"threshold is {self.threshold}; it must be 0 (always deepen) or more")
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """Which chunks of the input the draft keeps ("Cross-model Retrieval"; Appendix D: small-LM drafts).
+
+    Args:
+        chunk_size: tokens per chunk.
+        top_k: chunks in the working cache, the newest chunk and sinks included.
+        every_n_steps: rounds between refreshes of the working cache.
+        sink: first chunks always kept. StreamingLLM needs them; retrieval has no use for them by default.
+        recent: newest chunks always kept by retrieval, at least 1: without it the root token may be missing.
+    """
+
+    chunk_size: int = 32
+    top_k: int = 32
+    every_n_steps: int = 4
+    sink: int = 0
+    recent: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.chunk_size >= 1, f"retrieval_chunk_size is {self.chunk_size}; it must be at least 1")
+        _require(self.every_n_steps >= 1, f"retrieve_every_n_steps is {self.every_n_steps}; it must be at least 1")
+        _require(self.sink >= 0, f"retrieval sink is {self.sink}; it must be 0 or more chunks")
+        _require(self.recent >= 1, f"retrieval recent is {self.recent}; the newest chunk must be kept")
+        _require(
+            self.top_k >= self.sink + self.recent,
+            f"retrieve_top_k is {self.top_k}; it must hold sink + recent = {self.sink + self.recent} chunks",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the target chooses a token. Temperature 0 is greedy.
+
+    The noise of output position n depends on `seed` and n alone, so speculative and autoregressive decoding with one
+    seed draw the same tokens.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        finite = 0 <= self.temperature < float("inf")
+        _require(finite, f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
+        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more")
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in 0 .. 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class SpecExtendConfig:
+    """The three parts of SpecExtend, each with its own switch.
+
+    Args:
+        flash_prefill: FlashAttention prefill of target and draft, in blocks, in memory linear in the prompt.
+        hybrid_tree_attention: verification as prefix part + tree part merged by log-sum-exp; off: dense attention.
+        draft_cache: what the draft attends to: everything, sink + recent chunks, or retrieved chunks.
+        prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once.
+        draft_window: sliding window of the draft's flash prefill in tokens; 0 is full causal attention.
+    """
+
+    flash_prefill: bool = False
+    hybrid_tree_attention: bool = False
+    draft_cache: DraftCacheKind = "full"
+    prefill_block: int = 1024
+    draft_window: int = 512
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.draft_cache in DRAFT_CACHES,
+            f"draft_cache is {self.draft_cache!r}; choose one of {', '.join(DRAFT_CACHES)}",
+        )
+        _require(self.prefill_block >= 1, f"prefill_block is {self.prefill_block}; it must be at least 1 token")
+        _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
+
+    @classmethod
+    def standard(cls, **settings) -> SpecExtendConfig:
+        """Standard tree speculative decoding, the paper's baseline."""
+        return cls(**settings)
+
+    @classmethod
+    def specextend(cls, **settings) -> SpecExtendConfig:
+        """SpecExtend with all of its parts."""
+        return replace(cls(flash_prefill=True, hybrid_tree_attention=True, draft_cache="retrieval"), **settings)

@@ -1,0 +1,208 @@
+"""`SpecExtend`: a loaded pair of models with one setting, ready for any number of prompts.
+
+All switches are resolved here, once, into objects; nothing below asks what is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from specextend.attention import DenseAttention, HybridAttention
+from specextend.cache import DraftCache, KVCache
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.data import encode_prompt
+from specextend.drafter import ClassicDrafter, Drafter
+from specextend.errors import CapacityError, ConfigError, InputError, ModelError
+from specextend.generate import Generation, Output, Round, autoregressive, speculative
+from specextend.models import LoadedModels, load_models
+from specextend.retrieval import retriever
+from specextend.rope import Rope, make_exact
+from specextend.target import Target
+from specextend.text import TextStream
+from specextend.verify import chooser
+
+GREEDY = SamplingConfig()
+Observer = Callable[[Output, Round | None], None]
+
+
+class SpecExtend:
+    """Lossless long-input speculative decoding of one target with one draft.
+
+    Args:
+        models: as `load_models` gives them.
+        config: None takes SpecExtend with all of its parts, with the preset's tree for the device.
+        cache: the target's KV cache, shared by engines that take turns; None makes one.
+    """
+
+    def __init__(self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None):
+        self.models = models
+        self.config = config or default_config(models)
+        for model in filter(None, (models.target, models.draft)):
+            make_exact(model)
+        self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
+        self._target = _build_target(models, self.config, self._cache)
+        flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
+        self._baseline = _build_target(models, flash, self._cache)
+        self._drafter = _build_drafter(models, self.config) if models.draft is not None else None
+        self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str = "bundled",
+        *,
+        draft: str | None = None,
+        config: SpecExtendConfig | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> SpecExtend:
+        """Load `target` (a preset's name, a directory or a hub id) and its draft."""
+        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config)
+
+    def with_config(self, config: SpecExtendConfig) -> SpecExtend:
+        """The same models, and the same memory for the target's cache, under another setting."""
+        return SpecExtend(self.models, config, cache=self._cache)
+
+    @property
+    def limit(self) -> int:
+        """Prompt plus new tokens the target can hold."""
+        return self.models.limit
+
+    def fits(self, max_new_tokens: int) -> int:
+        """Longest prompt, in tokens, that leaves room for `max_new_tokens`."""
+        return self.limit - max_new_tokens
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [N] of `text` as a prompt, in the model's conversation template where it has one."""
+        if not text.strip():
+            raise InputError("the prompt is empty; give at least one word")
+        ids = encode_prompt(text, self.models.preset.template, self.models.tokenizer)
+        return torch.tensor(ids, device=self.models.device)
+
+    def generate(
+        self,
+        prompt: str | Tensor,
+        max_new_tokens: int = 256,
+        *,
+        sampling: SamplingConfig = GREEDY,
+        stop: Sequence[str] = (),
+        on_round: Observer | None = None,
+    ) -> Generation:
+        """Continue `prompt` (text, or token ids [N]) by speculative decoding.
+
+        Args:
+            on_round: called with the output so far after the prefill (round None) and after every round.
+        """
+        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
+        if self._drafter is None:
+            raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
+        loop = speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output)
+        return self._finish(loop, output, on_round)
+
+    def autoregressive(
+        self,
+        prompt: str | Tensor,
+        max_new_tokens: int = 256,
+        *,
+        sampling: SamplingConfig = GREEDY,
+        stop: Sequence[str] = (),
+        on_round: Observer | None = None,
+    ) -> Generation:
+        """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
+        ids, output = self._begin(prompt, max_new_tokens, stop, 1)
+        return self._finish(autoregressive(self._baseline, chooser(sampling), ids, output), output, on_round)
+
+    def stream(self, prompt: str | Tensor, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
+        """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation."""
+        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
+        if self._drafter is None:
+            raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
+        text = TextStream(output.decode, stop)
+        for _ in speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output):
+            yield text.push(output.token_ids, last=output.finished)
+
+    def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
+        """Check the request against the models before anything runs."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_gen_len is {max_new_tokens}; it must be at least 1")
+        if "" in stop:
+            raise ConfigError("a stop string is empty; give at least one character")
+        ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.models.device)
+        if ids.ndim != 1 or not len(ids):
+            raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
+        if len(ids) > self.fits(max_new_tokens):
+            raise CapacityError(
+                f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but {self.models.name} "
+                f"holds {self.limit} positions; use at most {self.fits(max_new_tokens)} prompt tokens (--input_len "
+                "cuts the prompt to fit) or a smaller --max_gen_len"
+            )
+        if self.models.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.models.device)
+        output = Output(
+            prompt_tokens=len(ids),
+            max_new_tokens=max_new_tokens,
+            room=max_new_tokens + slots,
+            eos_token_ids=self.models.eos_token_ids,
+            stop=tuple(stop),
+            decode=lambda tokens: self.models.tokenizer.decode(tokens, skip_special_tokens=True),
+            synchronize=_synchronizer(self.models.device),
+        )
+        return ids, output
+
+    def _finish(self, loop: Iterator[Round | None], output: Output, on_round: Observer | None) -> Generation:
+        for round_ in loop:
+            if on_round is not None:
+                on_round(output, round_)
+        cuda = self.models.device.type == "cuda"
+        return output.result(torch.cuda.max_memory_allocated(self.models.device) if cuda else None)
+
+
+def default_config(models: LoadedModels) -> SpecExtendConfig:
+    """All parts of SpecExtend, with the tree of the preset."""
+    return SpecExtendConfig.specextend(tree=default_tree(models))
+
+
+def default_tree(models: LoadedModels) -> TreeConfig:
+    """The paper's tree; on a CPU the preset's own, since a CPU pays for every node where a GPU does not."""
+    return (models.preset.cpu_tree if models.device.type == "cpu" else None) or TreeConfig()
+
+
+def _build_target(models: LoadedModels, config: SpecExtendConfig, cache: KVCache) -> Target:
+    flash = config.flash_prefill
+    return Target(
+        models.target,
+        cache,
+        prefill_attention=HybridAttention() if flash else DenseAttention(),
+        tree_attention=HybridAttention() if config.hybrid_tree_attention else DenseAttention(),
+        prefill_block=config.prefill_block if flash else None,
+    )
+
+
+def _build_drafter(models: LoadedModels, config: SpecExtendConfig) -> Drafter:
+    draft, retrieval, flash = models.draft, config.retrieval, config.flash_prefill
+    # between two refreshes the working cache grows by at most a full path and a bonus token per round
+    working = retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)
+    cache = DraftCache(
+        draft.config,
+        Rope(draft.get_decoder().rotary_emb, draft.dtype, draft.device),
+        draft.dtype,
+        draft.device,
+        working_capacity=None if config.draft_cache == "full" else working,
+    )
+    return ClassicDrafter(
+        draft,
+        cache,
+        config.tree,
+        prefill_attention=HybridAttention() if flash else DenseAttention(),
+        tree_attention=HybridAttention() if config.hybrid_tree_attention else DenseAttention(),
+        window=(config.draft_window or None) if flash else None,
+        prefill_block=config.prefill_block if flash else None,
+        vocab_size=models.vocab_size,
+    )
+
+
+def _synchronizer(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

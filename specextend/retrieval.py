@@ -1,0 +1,109 @@
+"""Which part of the context the draft attends to ("Cross-model Retrieval").
+
+A retriever maps the target's attention over the context to positions. It keeps no state: a selection belongs to its
+prompt, and nothing survives into the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specextend.config import RetrievalConfig
+
+
+class Retriever(Protocol):
+    """When to refresh the draft's working cache, and with what."""
+
+    def is_due(self, rounds: int) -> bool:
+        """Whether to refresh before the next round, `rounds` having been run since the prefill."""
+
+    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
+        """Positions [m] of the context to keep, ascending, out of 0..length-1.
+
+        Args:
+            attention: gives the target's attention [N] over the committed context, for those who ask.
+            length: tokens in the draft's full cache, at most N.
+        """
+
+
+class NoRetrieval:
+    """The draft keeps everything: there is nothing to refresh."""
+
+    def is_due(self, rounds: int) -> bool:
+        return False
+
+    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
+        return torch.arange(length)
+
+
+@dataclass(frozen=True)
+class StreamingWindow:
+    """First and newest chunks, as many as retrieval would keep (the StreamingLLM baseline)."""
+
+    config: RetrievalConfig
+
+    def is_due(self, rounds: int) -> bool:
+        return rounds % self.config.every_n_steps == 0
+
+    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
+        top_k = self.config.top_k
+        sink = min(max(self.config.sink, 1), top_k - 1)
+        chunks = torch.arange(num_chunks(length, self.config.chunk_size))
+        kept = chunks[(chunks < sink) | (chunks >= len(chunks) - (top_k - sink))]
+        return chunk_positions(kept, self.config.chunk_size, length)
+
+
+@dataclass(frozen=True)
+class CrossModelRetrieval:
+    """The chunks the target's last layer attends to most, and always the newest."""
+
+    config: RetrievalConfig
+
+    def is_due(self, rounds: int) -> bool:
+        return rounds % self.config.every_n_steps == 0
+
+    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
+        scores = chunk_scores(attention()[:length], self.config.chunk_size)
+        scores[: self.config.sink] = float("inf")
+        scores[-self.config.recent :] = float("inf")
+        chunks = scores.topk(min(self.config.top_k, len(scores))).indices.sort().values
+        return chunk_positions(chunks, self.config.chunk_size, length)
+
+
+def retriever(kind: str, config: RetrievalConfig) -> Retriever:
+    """The retriever behind `--draft_cache`."""
+    if kind == "full":
+        return NoRetrieval()
+    return {"streaming": StreamingWindow, "retrieval": CrossModelRetrieval}[kind](config)
+
+
+def chunk_scores(attention: Tensor, chunk_size: int) -> Tensor:
+    """Mean attention each chunk of the context receives.
+
+    Args:
+        attention: [N] attention of the last accepted token over the committed context, float32.
+        chunk_size: tokens per chunk; the last chunk may be shorter and is averaged over its own length.
+    Returns:
+        [C] with C = ceil(N / chunk_size).
+    """
+    chunks = num_chunks(len(attention), chunk_size)
+    padded = torch.nn.functional.pad(attention, (0, chunks * chunk_size - len(attention)))
+    means = padded.view(chunks, chunk_size).mean(-1)
+    means[-1] = attention[(chunks - 1) * chunk_size :].mean()
+    return means
+
+
+def chunk_positions(chunks: Tensor, chunk_size: int, length: int) -> Tensor:
+    """Positions [m] of the tokens in `chunks` [k], ascending; the last chunk of a context may be short."""
+    offsets = torch.arange(chunk_size, device=chunks.device)
+    positions = (chunks[:, None] * chunk_size + offsets).flatten()
+    return positions[positions < length]
+
+
+def num_chunks(length: int, chunk_size: int) -> int:
+    return -(-length // chunk_size)

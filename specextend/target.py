@@ -1,0 +1,98 @@
+"""The target model: prefill, tree verification, commit, and the attention row that retrieval asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specextend.attention import Attention, attention_row
+from specextend.cache import KVCache
+from specextend.rope import DynamicRope
+from specextend.tree import DraftTree
+
+
+class Target:
+    """An unmodified Hugging Face causal LM over our static cache.
+
+    Args:
+        cache: of the model's shape; its contents belong to one prompt.
+        prefill_attention, tree_attention: how a prefill block and a draft tree attend.
+        prefill_block: tokens per prefill block; None runs the whole prompt at once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        prefill_attention: Attention,
+        tree_attention: Attention,
+        prefill_block: int | None,
+    ):
+        self.model = model
+        self.cache = cache
+        self._prefill_attention = prefill_attention
+        self._tree_attention = tree_attention
+        self._prefill_block = prefill_block
+        self._last_layer: _CachedAttend | None = None
+        self._newest = 0
+
+    def prefill(self, prompt: Tensor, room: int) -> Tensor:
+        """Forget the last prompt, read `prompt` [N], make room for `room` more; last position's logits [1, V]."""
+        self.cache.reset(len(prompt) + room)
+        rotary = self.model.get_decoder().rotary_emb
+        if isinstance(rotary, DynamicRope):
+            rotary.prompt_length = len(prompt)
+        for block in prompt.split(self._prefill_block or len(prompt)):
+            positions = torch.arange(self.cache.length, self.cache.length + len(block), device=prompt.device)
+            logits = self._run(block, positions, _CachedAttend(self.cache, self._prefill_attention, None, 1))
+            self.cache.length += len(block)
+        self._newest = 0
+        return logits
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        """Logits [T, V] after every node of `tree`; the nodes stay scratch until `commit`."""
+        attend = _CachedAttend(self.cache, self._tree_attention, tree.ancestors, len(tree))
+        return self._run(tree.tokens, self.cache.length + tree.depth, attend)
+
+    def commit(self, path: Tensor) -> None:
+        """Keep the nodes `path` [A] of the tree just verified."""
+        self.cache.commit(path)
+        self._newest = int(path[-1])
+
+    def attention_row(self) -> Tensor:
+        """Last-layer attention [N] of the newest committed token over the committed context, head mean, float32."""
+        last, layer = self._last_layer, self.model.config.num_hidden_layers - 1
+        query, lse = last.query[0, :, self._newest], last.lse[0, :, self._newest]
+        return attention_row(query, lse, self.cache.keys(layer)[0], last.scaling)
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: _CachedAttend) -> Tensor:
+        self._last_layer = attend
+        return self.model(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=attend.keep,
+            attend=attend,
+        ).logits[0]
+
+
+class _CachedAttend:
+    """Writes a layer's keys and values behind the committed ones and attends to both.
+
+    After the run it holds the last layer's queries and log-sum-exp of the last `keep` tokens.
+
+    Args:
+        mask: [T, T] who sees whom among the new tokens; None is causal.
+    """
+
+    def __init__(self, cache: KVCache, attention: Attention, mask: Tensor | None, keep: int):
+        self.keep = keep
+        self._cache, self._attention, self._mask = cache, attention, mask
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self._cache.write(layer, key, value, self._cache.length)
+        output, lse = self._attention(query, keys, values, scaling, query.shape[2], self._mask)
+        # overwritten layer by layer; the clone lets go of a whole prefill block's queries
+        self.query, self.lse, self.scaling = query[:, :, -self.keep :].clone(), lse[:, :, -self.keep :].clone(), scaling
+        return output

@@ -1,0 +1,90 @@
+"""The pair that ships with the project: lossless, and SpecExtend does for it what it is for.
+
+These tests fail when the weights are missing; they are never skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.data import builtin_text
+from specextend.models import BUNDLED_DIR
+
+NEW = 32
+STANDARD, SPECEXTEND = SpecExtendConfig.standard(), SpecExtendConfig.specextend()
+
+
+@pytest.fixture(scope="module")
+def document(bundled_engine) -> torch.Tensor:
+    """Tokens of the built-in text, enough for the longest prompt here."""
+    return bundled_engine.encode(builtin_text()[:40_000])[:2500]
+
+
+@pytest.fixture(scope="module")
+def alone(bundled_engine, document) -> dict[int, list[int]]:
+    """What the target alone continues prompts of several lengths with, greedily."""
+    return {n: bundled_engine.autoregressive(document[:n], NEW).token_ids for n in (2500, 400, 30, 1)}
+
+
+def test_bundled_pair_fits_together(bundled_models):
+    assert bundled_models.target.config.vocab_size == bundled_models.draft.config.vocab_size
+    assert bundled_models.limit >= 16384 + 256
+    assert bundled_models.eos_token_ids
+
+
+def test_bundled_weights_are_small_enough_to_travel():
+    weights = list(BUNDLED_DIR.rglob("*.safetensors"))
+    assert len(weights) >= 2
+    assert sum(file.stat().st_size for file in weights) < 40_000_000
+
+
+def test_bundled_target_alone_equals_hugging_face_generate(alone, document):
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_DIR / "target", dtype=torch.float32)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    for length, tokens in alone.items():
+        prompt = document[:length][None]
+        theirs = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(tokens), do_sample=False, pad_token_id=0
+        )
+        assert theirs[0, length:].tolist() == tokens
+
+
+@pytest.mark.parametrize(
+    "config",
+    [STANDARD, SPECEXTEND, replace(SPECEXTEND, draft_cache="streaming")],
+    ids=["standard", "specextend", "streaming"],
+)
+def test_bundled_pair_keeps_the_targets_output(config, bundled_engine, document, alone):
+    engine = bundled_engine.with_config(replace(config, tree=TreeConfig(16, 5, 0.3)))
+    sampling = SamplingConfig(0.8, seed=1)
+    for length, tokens in alone.items():
+        assert engine.generate(document[:length], NEW).token_ids == tokens
+    sampled = engine.autoregressive(document[:400], NEW, sampling=sampling).token_ids
+    assert engine.generate(document[:400], NEW, sampling=sampling).token_ids == sampled != alone[400]
+
+
+def test_bundled_draft_is_of_use(bundled_engine, document):
+    result = bundled_engine.with_config(SPECEXTEND).generate(document[:1000], NEW)
+    assert result.accepted_per_round >= 1
+
+
+def test_specextend_accepts_more_than_standard_on_a_long_prompt(bundled_engine, document):
+    standard, ours = (
+        bundled_engine.with_config(config).generate(document, 2 * NEW) for config in (STANDARD, SPECEXTEND)
+    )
+    assert ours.token_ids == standard.token_ids
+    assert ours.accepted_per_round > standard.accepted_per_round
+
+
+def test_bundled_text_round_trips_and_streams(bundled_engine):
+    text = "The import statement — “Größe”, 漢字, 😀\n\tindented\n"
+    ids = bundled_engine.encode(text)
+    assert bundled_engine.models.tokenizer.decode(ids, skip_special_tokens=True).strip() == text.strip()
+    prompt = builtin_text()[:2000]
+    pieces = list(bundled_engine.stream(prompt, NEW))
+    assert "".join(pieces) == bundled_engine.generate(prompt, NEW).text != ""
