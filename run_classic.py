@@ -55,7 +55,7 @@ def main() -> None:
         engine = SpecExtend(models, config_from(args, models))
     narrator.introduce(engine, sampling)
     for prompt in gather_prompts(engine, args.input_file, args.max_samples, args.input_len, args.max_gen_len):
-        methods = {narrator.method_name(engine.config): engine.generate}
+        methods = {engine.config.method: engine.generate}
         if args.compare:
             standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))
             methods = {"autoregressive": engine.autoregressive, "standard": standard.generate} | methods

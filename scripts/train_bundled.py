@@ -25,7 +25,7 @@ from training.corpus import Encoded, encode, hold_out, read_documents, read_hub,
 from training.facts import make_facts
 from training.generation import write_rows
 from training.initial import start_from_target
-from training.models import draft_config, load_model, new_model, save_model, target_config
+from training.models import CACHED, draft_config, load_model, new_model, save_model, target_config
 from training.objectives import draft_objective, target_objective, validation_agreement, validation_loss
 from training.record import Record, environment
 from training.rows import Mix, RowSource
@@ -159,9 +159,12 @@ def train_target(run: Run) -> None:
 
 
 def train_draft(run: Run) -> None:
-    """Stage `draft`: distilled from the rounded target, half on the corpus, half on what the target writes."""
+    """Stage `draft`: distilled from the rounded target, half on the corpus, half on what the target writes.
+
+    Without `generation_rows` all of it is on the corpus: a CPU writes too slowly.
+    """
     settings = run.settings
-    written = target_text(run)
+    written = target_text(run) if settings.generation_rows else np.empty((0, settings.draft_context), np.uint16)
     run.record.update("draft", written_rows=len(written))
     target = load_model(run.folder_of("target"), run.device)
     draft = new_model(draft_config(settings), run.device, settings.seed)
@@ -172,8 +175,9 @@ def train_draft(run: Run) -> None:
     windows = run.windows(settings.draft_context)
 
     def draw(phase: Phase) -> tuple[Tensor]:
-        natural, _ = rows.draw(phase.batch - phase.batch // 2, phase.context)
-        own = written[rng.integers(0, len(written), size=phase.batch // 2)]
+        own_rows = phase.batch // 2 if len(written) else 0
+        natural, _ = rows.draw(phase.batch - own_rows, phase.context)
+        own = written[rng.integers(0, max(1, len(written)), size=own_rows)]
         return (run.to_device(np.concatenate([natural, own.astype(np.int64)])),)
 
     task = Task(
@@ -190,7 +194,7 @@ def target_text(run: Run) -> np.ndarray:
     """Rows [n, draft_context] uint16 that the target wrote, made once."""
     path, settings = run.layout.work / "written.npy", run.settings
     if not path.exists():
-        writer = load_model(run.folder_of("target"), run.device, attention="sdpa", dtype=serving_dtype(run.device))
+        writer = load_model(run.folder_of("target"), run.device, attention=CACHED, dtype=serving_dtype(run.device))
         written = write_rows(
             writer, run.data("train").stream, rows=settings.generation_rows, prompt=settings.generation_prompt,
             length=settings.draft_context, seconds=settings.generation_seconds, seed=settings.seed + 4,
@@ -206,7 +210,7 @@ def measure_pair(run: Run) -> None:
     settings = run.settings
     target = load_model(run.folder_of("target"), run.device)
     draft = load_model(run.folder_of("draft"), run.device)
-    writer = load_model(run.layout.target, run.device, attention="sdpa", dtype=serving_dtype(run.device))
+    writer = load_model(run.layout.target, run.device, attention=CACHED, dtype=serving_dtype(run.device))
     both, held_out = {"target": target, "draft": draft}, run.data("validation")
     windows = torch.from_numpy(held_out.windows(settings.long_context + 1, settings.measure_windows)).to(run.device)
     prompts = held_out.windows(min(PROMPT_TOKENS, settings.long_context // 2), settings.measure_prompts)

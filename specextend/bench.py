@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import transformers
 
-from specextend.config import SpecExtendConfig
 from specextend.data import ALL_LENGTHS, parse_length
 from specextend.errors import ConfigError, InputError
 
@@ -89,16 +88,6 @@ def _output_of(*command: str) -> str | None:
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = finished.stdout.strip().splitlines() if finished.returncode == 0 else []
     return lines[0] if lines else None
-
-
-def method_name(config: SpecExtendConfig) -> str:
-    """`standard`, `specextend`, or the parts that are on joined by a dash, as `flash-streaming` in an ablation."""
-    parts = [
-        *(["flash"] if config.flash_prefill else []),
-        *(["hta"] if config.hybrid_tree_attention else []),
-        *([config.draft_cache] if config.draft_cache != "full" else []),
-    ]
-    return {(): "standard", ("flash", "hta", "retrieval"): "specextend"}.get(tuple(parts), "-".join(parts))
 
 
 # --- one record per sample and run ----------------------------------------------------------------------------------

@@ -114,4 +114,5 @@ def _add(group, flag: str, kind: type, text: str, **options) -> None:
 
 def console(*, stderr: bool = False) -> Console:
     """Numbers and paths uncoloured, lines unbroken where the output is no terminal."""
-    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, stderr=stderr, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())

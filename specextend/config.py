@@ -118,6 +118,16 @@ class SpecExtendConfig:
         _require(self.prefill_block >= 1, f"prefill_block is {self.prefill_block}; it must be at least 1 token")
         _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
 
+    @property
+    def method(self) -> str:
+        """ "standard", "specextend", or the parts that are on joined by a dash, as "flash-streaming" in an ablation."""
+        parts = [
+            *(["flash"] if self.flash_prefill else []),
+            *(["hta"] if self.hybrid_tree_attention else []),
+            *([self.draft_cache] if self.draft_cache != "full" else []),
+        ]
+        return {(): "standard", ("flash", "hta", "retrieval"): "specextend"}.get(tuple(parts), "-".join(parts))
+
     @classmethod
     def standard(cls, **settings) -> SpecExtendConfig:
         """Standard tree speculative decoding, the paper's baseline."""

@@ -96,10 +96,7 @@ class SpecExtend:
         Args:
             on_round: called with the output so far after the prefill (round None) and after every round.
         """
-        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
-        if self._drafter is None:
-            raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
-        loop = speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output)
+        loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
         return self._finish(loop, output, on_round)
 
     def autoregressive(
@@ -117,12 +114,20 @@ class SpecExtend:
 
     def stream(self, prompt: str | Tensor, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation."""
-        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
+        loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
+        text = TextStream(output.decode, stop)
+        for _ in loop:
+            yield text.push(output.token_ids, last=output.finished)
+            if self._cache.owner is not output:
+                raise InputError("this stream's models answer another prompt now; end a stream before the next begins")
+
+    def _speculate(
+        self, prompt: str | Tensor, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str]
+    ) -> tuple[Iterator[Round | None], Output]:
         if self._drafter is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
-        text = TextStream(output.decode, stop)
-        for _ in speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output):
-            yield text.push(output.token_ids, last=output.finished)
+        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
+        return speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output), output
 
     def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
         """Check the request against the models before anything runs."""
@@ -133,6 +138,11 @@ class SpecExtend:
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.models.device)
         if ids.ndim != 1 or not len(ids):
             raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
+        if self.fits(max_new_tokens) < 1:
+            raise CapacityError(
+                f"max_gen_len is {max_new_tokens}, but {self.models.name} holds {self.limit} positions, the prompt's "
+                f"included; ask for at most {self.limit - 1}"
+            )
         if len(ids) > self.fits(max_new_tokens):
             raise CapacityError(
                 f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but {self.models.name} "
@@ -141,7 +151,7 @@ class SpecExtend:
             )
         if self.models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.models.device)
-        output = Output(
+        output = self._cache.owner = Output(
             prompt_tokens=len(ids),
             max_new_tokens=max_new_tokens,
             room=max_new_tokens + slots,

@@ -26,7 +26,6 @@ from specextend.bench import (
     aggregate,
     environment,
     first_difference,
-    method_name,
     write_json,
 )
 from specextend.config import SamplingConfig
@@ -118,7 +117,7 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
         "draft": _public_name(models.draft_id),
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
-        "method": method_name(engine.config),
+        "method": engine.config.method,
         "config": asdict(engine.config),
         "sampling": asdict(plan.sampling),
         "seeds": "seed + 1000 * sample + run, the same for method and baseline",

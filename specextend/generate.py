@@ -78,7 +78,7 @@ class Round:
     Attributes:
         tokens: what it emitted, cut at EOS, a stop string or max_new_tokens.
         drafted: draft tokens in the tree, 0 for autoregressive decoding.
-        accepted: draft tokens accepted, bonus token excluded.
+        accepted: draft tokens among them; the bonus token is the last one, unless the output ended before it.
         seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran.
     """
 
@@ -213,7 +213,7 @@ class Output:
     def append(self, drafted: int, accepted: Tensor, bonus: Tensor) -> Round:
         """Take a round's tokens, as many as belong to the output."""
         kept = self._extend([*accepted.tolist(), int(bonus)])
-        self.rounds.append(Round(kept, drafted, len(accepted), self._seconds))
+        self.rounds.append(Round(kept, drafted, min(len(accepted), len(kept)), self._seconds))
         self._seconds = {}
         return self.rounds[-1]
 

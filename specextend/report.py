@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from specextend.cli import console
-from specextend.config import SamplingConfig, SpecExtendConfig
+from specextend.config import SamplingConfig
 from specextend.engine import SpecExtend
 from specextend.generate import Generation, Output, Round
 from specextend.prompts import EncodedPrompt
@@ -43,16 +44,11 @@ class Narrator:
         )
         on = {True: "on", False: "off"}
         self._out.print(
-            f"{self.method_name(config)}: flash prefill {on[config.flash_prefill]}, "
+            f"{config.method}: flash prefill {on[config.flash_prefill]}, "
             f"hybrid tree attention {on[config.hybrid_tree_attention]}, draft cache {config.draft_cache}; "
             f"tree of {config.tree.nodes} nodes, depth {config.tree.max_depth}, threshold {config.tree.threshold}; "
             + ("greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature}, seed {sampling.seed}")
         )
-
-    @staticmethod
-    def method_name(config: SpecExtendConfig) -> str:
-        parts = (config.flash_prefill, config.hybrid_tree_attention, config.draft_cache)
-        return {(True, True, "retrieval"): "SpecExtend", (False, False, "full"): "standard"}.get(parts, "custom")
 
     def answer(self, prompt: EncodedPrompt, methods: dict[str, Callable[..., Generation]], **request) -> None:
         """Run every method on `prompt`, show the last one's text and the figures of all."""
@@ -89,7 +85,7 @@ class Narrator:
 
     def _print_round(self, stream: TextStream, output: Output, round_: Round | None) -> None:
         """The round's text: its accepted draft tokens in one colour, the target's token in the other."""
-        accepted = min(round_.accepted, len(round_.tokens)) if round_ else 0
+        accepted = round_.accepted if round_ else 0
         own = len(round_.tokens) - accepted if round_ else 1
         before_own = output.token_ids[: output.new_tokens - own]
         pieces = [(stream.push(before_own), DRAFT_STYLE)] if accepted else []
@@ -110,11 +106,20 @@ def _one_line(name: str, result: Generation) -> str:
 def _figures(results: dict[str, Generation]) -> Table:
     """The methods side by side; speedups are against the first of them."""
     baseline = next(iter(results.values()))
-    table = Table(title="side by side", title_justify="left")
-    for column in ("", "new tokens", "accepted/round", "tokens/round", "prefill s", "decode tok/s", "end-to-end tok/s"):
-        table.add_column(column, justify="right" if column else "left")
-    for column in ("speedup decode", "speedup", "same tokens"):
-        table.add_column(column, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in (
+        "new\ntokens",
+        "accepted\n/round",
+        "tokens\n/round",
+        "prefill\ns",
+        "decode\ntok/s",
+        "overall\ntok/s",
+        "speedup\ndecode",
+        "speedup\noverall",
+        "same\ntokens",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_row(
             name,

@@ -18,7 +18,6 @@ from specextend.bench import (
     environment,
     first_difference,
     hash_tokens,
-    method_name,
     write_json,
 )
 from specextend.config import SpecExtendConfig
@@ -94,9 +93,9 @@ def test_environment_is_complete_and_names_no_host():
 
 
 def test_method_name_tells_the_parts_that_are_on():
-    assert method_name(SpecExtendConfig.standard()) == "standard"
-    assert method_name(SpecExtendConfig.specextend()) == "specextend"
-    assert method_name(SpecExtendConfig(flash_prefill=True, draft_cache="streaming")) == "flash-streaming"
+    assert SpecExtendConfig.standard().method == "standard"
+    assert SpecExtendConfig.specextend().method == "specextend"
+    assert SpecExtendConfig(flash_prefill=True, draft_cache="streaming").method == "flash-streaming"
 
 
 def test_first_difference_finds_the_index_where_sequences_part():

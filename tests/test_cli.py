@@ -178,9 +178,9 @@ SHORT = ("--input_len", "100", "-max", "8")
 def test_run_answers_the_built_in_text(classic):
     status, out, err = classic(*SHORT, "--use_specextend")
     assert status == 0 and err == ""
-    assert "SpecExtend: flash prefill on, hybrid tree attention on, draft cache retrieval" in out
+    assert "specextend: flash prefill on, hybrid tree attention on, draft cache retrieval" in out
     assert "Python language reference" in out and "100 tokens" in out
-    assert re.search(r"SpecExtend: 8 tokens \(length\), \d\.\d\d draft tokens accepted per round", out)
+    assert re.search(r"specextend: 8 tokens \(length\), \d\.\d\d draft tokens accepted per round", out)
 
 
 def test_run_without_use_specextend_is_standard(classic):
@@ -188,9 +188,9 @@ def test_run_without_use_specextend_is_standard(classic):
     assert "standard: flash prefill off, hybrid tree attention off, draft cache full" in out
 
 
-def test_run_with_single_parts_is_custom(classic):
+def test_run_with_single_parts_names_them(classic):
     _, out, _ = classic(*SHORT, "--use_specextend", "--no-flash_prefill")
-    assert "custom: flash prefill off, hybrid tree attention on, draft cache retrieval" in out
+    assert "hta-retrieval: flash prefill off, hybrid tree attention on, draft cache retrieval" in out
 
 
 def test_result_line_is_json_with_the_figures_and_the_text(classic):
@@ -207,9 +207,9 @@ def test_compare_shows_three_methods_with_the_same_text(classic):
     status, out, _ = classic(*SHORT, "--compare", "--use_specextend", "--output_result_line")
     lines = results(out)
     assert status == 0
-    assert [line["method"] for line in lines] == ["autoregressive", "standard", "SpecExtend"]
+    assert [line["method"] for line in lines] == ["autoregressive", "standard", "specextend"]
     assert len({line["text"] for line in lines}) == 1
-    assert "side by side" in out and "NO" not in out.split("side by side")[1].split("{")[0]
+    assert "speedup" in out and "NO" not in out.split("speedup")[-1].split("{")[0]
 
 
 def test_seed_and_temperature_reach_the_sampler(classic):

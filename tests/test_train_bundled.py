@@ -19,7 +19,17 @@ from training import measure  # noqa: E402
 from training.corpus import BOS_ID, EOS_ID, encode, hold_out, read_documents, train_tokenizer  # noqa: E402
 from training.facts import make_facts  # noqa: E402
 from training.generation import continue_prompts, ends_in_loop, repeated_share  # noqa: E402
-from training.models import CAUSAL, causal_attention, load_model, new_model, save_model, target_config  # noqa: E402
+from training.initial import start_from_target  # noqa: E402
+from training.models import (  # noqa: E402
+    CACHED,
+    CAUSAL,
+    causal_attention,
+    draft_config,
+    load_model,
+    new_model,
+    save_model,
+    target_config,
+)
 from training.muon import Muon, orthogonalised  # noqa: E402
 from training.objectives import loop_avoiding_loss, target_objective  # noqa: E402
 from training.rows import LOOPED, PLAIN, SILENT, Mix, Row, RowSource  # noqa: E402
@@ -218,7 +228,8 @@ def test_registered_attention_equals_masked_reference_and_gets_no_mask(tmp_path:
     theirs = load_model(tmp_path / "target", CPU, attention="sdpa")
     torch.testing.assert_close(ours(tokens, use_cache=False).logits, theirs(tokens).logits)
 
-    written = continue_prompts(theirs, tokens[:, :16], 12, temperature=0.0)
+    writer = load_model(tmp_path / "target", CPU, attention=CACHED)
+    written = continue_prompts(writer, tokens[:, :16], 12, temperature=0.0)
     for length in range(16, 28):
         assert torch.equal(ours(written[:, :length], use_cache=False).logits[:, -1].argmax(-1), written[:, length])
 
@@ -260,3 +271,16 @@ def test_a_model_agrees_with_itself_everywhere() -> None:
     assert list(figures) == ["0-128", "256", "512"]
     for figure in figures.values():
         assert figure["same_argmax"] == 1 and figure["overlap_draft_at_0.8"] == pytest.approx(1, abs=1e-4)
+
+
+def test_draft_starts_as_a_projection_of_its_target() -> None:
+    """With the target's own width, heads and neurons the projection changes nothing but the basis."""
+    settings = Settings(**TINY | {"draft_hidden": 32, "draft_layers": 2, "draft_heads": 2, "draft_ffn": 48})
+    target, draft = new_model(target_config(settings), CPU, seed=0), new_model(draft_config(settings), CPU, seed=1)
+    draft.model.rotary_emb = target.model.rotary_emb
+    tokens = torch.randint(3, 400, (2, 40))
+    before = draft(tokens, use_cache=False).logits
+    start_from_target(draft, target, [0, 1])
+    wanted = target(tokens, use_cache=False).logits
+    torch.testing.assert_close(draft(tokens, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert (before - wanted).abs().max() > 1e-2

@@ -22,8 +22,7 @@ Vocabulary {vocab_size:,}; tied embeddings; RoPE base 10,000, the target's scale
 {documents:,} documents, {megabytes:.1f} MB, {tokens:,} training tokens ({characters_per_token:.2f} characters each) and
 {validation_tokens:,} held-out ones; seed {seed}. Muon for the matrices, AdamW for embeddings and norms. In some rows
 spans are repeated far away, facts are planted and asked for, and near repeats are trained against (unlikelihood).
-The draft minimises the KL divergence to the target, half on text of the corpus, half on text that the target wrote
-({written_rows:,} rows). Device: {device}, torch {torch}, transformers {transformers}.
+{start} It minimises the KL divergence to the target, {distilled_on}.
 
 {phases}
 
@@ -73,9 +72,9 @@ def write_card(record: dict) -> str:
     return CARD.format(
         **settings | {"validation_tokens": corpus["validation_tokens"]},
         **{name: corpus[name] for name in ("documents", "megabytes", "tokens", "characters_per_token")},
-        **{name: record["environment"][name] for name in ("device", "torch", "transformers")},
         sizes=_sizes(record),
-        written_rows=record["draft"]["written_rows"],
+        start=_start(settings),
+        distilled_on=_distilled_on(record["draft"]["written_rows"]),
         phases=_phases(record),
         loss_by_position=_row(measured["loss_by_position"]),
         loss_by_context=_row(measured["loss_by_context"]),
@@ -97,13 +96,31 @@ def _sizes(record: dict) -> str:
     return "\n".join(lines)
 
 
+def _start(settings: dict) -> str:
+    layers = settings["draft_source_layers"]
+    return (
+        f"The draft starts from a projection of the target's layers {layers} (counted from 0)."
+        if layers
+        else "The draft starts from random weights."
+    )
+
+
+def _distilled_on(written_rows: int) -> str:
+    if not written_rows:
+        return "on text of the corpus"
+    return f"half on text of the corpus, half on text that the target wrote ({written_rows:,} rows)"
+
+
 def _phases(record: dict) -> str:
-    lines = ["| model | context | batch | steps | M tokens | seconds | M tokens/s |", "|---|---|---|---|---|---|---|"]
+    columns = ("model", "context", "batch", "steps", "M tokens", "seconds", "tokens/s", "device", "torch")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for model in ("target", "draft"):
+        environment = record[model]["environment"]
         for phase in record[model]["training"]["phases"].values():
             shape = f"{model} | {phase['context']:,} | {phase['batch']}"
             work = f"{phase['steps']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
-            lines.append(f"| {shape} | {work} | {phase['tokens_per_s'] / 1e6:.2f} |")
+            place = f"{environment['device']} | {environment['torch']}"
+            lines.append(f"| {shape} | {work} | {phase['tokens_per_s']:,.0f} | {place} |")
     return "\n".join(lines)
 
 

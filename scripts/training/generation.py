@@ -5,33 +5,54 @@ import time
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
 
 from training.trainer import log
 
 TEMPERATURE = 0.8
 
 
-@torch.no_grad()
-def continue_prompts(model: LlamaForCausalLM, prompts: Tensor, new_tokens: int, temperature: float) -> Tensor:
-    """Exactly `new_tokens` after each of `prompts` [B, N], by transformers' own `generate`; [B, N + new_tokens].
+class BatchCache:
+    """Keys and values of rows of one length, so that no mask is needed; doubles as the model's attention.
 
-    `model` must attend through "sdpa". The end-of-text token does not end a row: another document follows.
+    Args:
+        rows, capacity: how many rows of how many tokens it can hold.
     """
-    model.generation_config = GenerationConfig()  # its eos would stop rows early
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    config = GenerationConfig(
-        max_new_tokens=new_tokens,
-        min_new_tokens=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        cache_implementation="static",
-        disable_compile=True,
-        **({"do_sample": False} | sampling),
-    )
-    output = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=config)
-    assert output.shape[1] == prompts.shape[1] + new_tokens, "generate stopped early"
-    return output
+
+    def __init__(self, model: LlamaForCausalLM, rows: int, capacity: int) -> None:
+        config = model.config
+        shape = (2, config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim)
+        self._buffer = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.length = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention [B, H, T, D] of the newest T tokens, causal, over all so far."""
+        end = self.length + key.shape[2]
+        self._buffer[0, layer, :, :, self.length : end] = key
+        self._buffer[1, layer, :, :, self.length : end] = value
+        keys, values = self._buffer[0, layer, :, :, :end], self._buffer[1, layer, :, :, :end]
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=query.shape[2] > 1, scale=scaling)
+
+
+@torch.inference_mode()
+def continue_prompts(model: LlamaForCausalLM, prompts: Tensor, new_tokens: int, temperature: float) -> Tensor:
+    """Exactly `new_tokens` after each of `prompts` [B, N]; [B, N + new_tokens].
+
+    `model` must attend through `CACHED`. The end-of-text token does not end a row: another document follows.
+    """
+    cache = BatchCache(model, len(prompts), prompts.shape[1] + new_tokens)
+    written, newest = [prompts], prompts
+    for _ in range(new_tokens):
+        positions = torch.arange(cache.length, cache.length + newest.shape[1], device=prompts.device)[None]
+        logits = model(newest, position_ids=positions, use_cache=False, logits_to_keep=1, cache=cache).logits[:, -1]
+        cache.length += newest.shape[1]
+        if temperature:
+            newest = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
+        else:
+            newest = logits.argmax(-1, keepdim=True)
+        written.append(newest)
+    return torch.cat(written, dim=1)
 
 
 def write_rows(

@@ -13,6 +13,7 @@ from training.settings import Settings
 
 # Not known to transformers' mask interface, so the model builds no mask; right only for whole rows without a cache.
 CAUSAL = "bundled_causal"
+CACHED = "bundled_cached"
 
 
 def causal_attention(
@@ -32,7 +33,16 @@ def causal_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def cached_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: object
+) -> tuple[Tensor, None]:
+    """Attention through the `cache` the model was called with (`generation.BatchCache`); returns [B, T, H, D]."""
+    output = kwargs["cache"].attend(module.layer_idx, query, key, value, kwargs["scaling"])
+    return output.transpose(1, 2).contiguous(), None
+
+
 AttentionInterface.register(CAUSAL, causal_attention)
+AttentionInterface.register(CACHED, cached_attention)
 
 
 def target_config(settings: Settings) -> LlamaConfig:
@@ -88,7 +98,7 @@ def new_model(config: LlamaConfig, device: torch.device, seed: int) -> LlamaForC
 def load_model(
     folder: Path, device: torch.device, *, attention: str = CAUSAL, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """A saved model, frozen. `attention="sdpa"` for `generate`, which pads its static cache."""
+    """A saved model, frozen; `attention=CACHED` for writing text."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
 

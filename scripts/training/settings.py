@@ -80,8 +80,8 @@ class Settings:
         """The same shapes, a few seconds per stage, on a slice of the corpus."""
         return dataclasses.replace(
             self, max_characters=14_000_000, validation_tokens=400_000, num_facts=2_000, target_seconds=5.0,
-            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, log_steps=20, validations=2, checkpoint_seconds=3.0,
-            measure_windows=4, measure_prompts=16,
+            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, log_steps=20, validations=2,
+            checkpoint_seconds=3.0, measure_windows=4, measure_prompts=16,
         )  # fmt: skip
 
 
