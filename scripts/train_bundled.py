@@ -28,7 +28,7 @@ from training.initial import start_from_target
 from training.models import CACHED, draft_config, load_model, new_model, save_model, target_config
 from training.objectives import draft_objective, target_objective, validation_agreement, validation_loss
 from training.record import Record, environment
-from training.rows import Mix, RowSource
+from training.rows import REPETITIVE, Mix, RowSource
 from training.settings import STAGES, Layout, Settings, TrainingError
 from training.trainer import Phase, Task, Trainer, log, multiplies_bfloat16
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -60,11 +60,11 @@ class Run:
             raise TrainingError(f"the {model} is not trained yet; run the stage `{model}` first")
         return getattr(self.layout, model)
 
-    def rows(self, seed: int) -> RowSource:
+    def rows(self, seed: int, mix: Mix) -> RowSource:
         """Rows of the training stream with everything planted."""
         tokenizer = AutoTokenizer.from_pretrained(self.layout.tokenizer).backend_tokenizer
         facts = make_facts(self.settings.num_facts, tokenizer, self.settings.seed)
-        return RowSource(self.data("train").stream, facts, Mix(), seed)
+        return RowSource(self.data("train").stream, facts, mix, seed)
 
     def to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -138,7 +138,7 @@ def train_target(run: Run) -> None:
     """Stage `target`: short rows first, then rows of the full context."""
     settings = run.settings
     model = new_model(target_config(settings), run.device, settings.seed)
-    rows = run.rows(settings.seed + 1)
+    rows = run.rows(settings.seed + 1, Mix())
     windows = {length: run.windows(length + 1) for length in (settings.short_context, settings.long_context)}
 
     def draw(phase: Phase) -> tuple[Tensor, Tensor]:
@@ -168,9 +168,11 @@ def train_draft(run: Run) -> None:
     run.record.update("draft", written_rows=len(written))
     target = load_model(run.folder_of("target"), run.device)
     draft = new_model(draft_config(settings), run.device, settings.seed)
-    if settings.draft_source_layers:
+    if settings.draft_start:
+        draft.load_state_dict(load_model(Path(settings.draft_start), run.device).state_dict())
+    elif settings.draft_source_layers:
         start_from_target(draft, target, [int(layer) for layer in settings.draft_source_layers.split(",")])
-    rows = run.rows(settings.seed + 2)
+    rows = run.rows(settings.seed + 2, REPETITIVE)
     rng = np.random.default_rng(settings.seed + 3)
     windows = run.windows(settings.draft_context)
 

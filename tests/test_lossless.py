@@ -364,6 +364,15 @@ def test_closing_a_stream_early_leaves_the_engine_usable(config, keen, make_engi
         assert engine.generate(make_prompt(40), NEW).token_ids == expected
 
 
+def test_a_stream_overtaken_by_another_prompt_says_so(keen, make_engine, make_prompt):
+    engine = make_engine(*keen, EAGER)
+    stream = engine.stream(make_prompt(30), 40)
+    next(stream)
+    engine.generate(make_prompt(20, seed=1), 5)
+    with pytest.raises(InputError, match="answer another prompt"):
+        next(stream)
+
+
 def test_settings_that_share_a_cache_take_turns(keen, make_engine, make_prompt):
     engine = make_engine(*keen, SPECEXTEND)
     standard = engine.with_config(EAGER)

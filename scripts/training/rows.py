@@ -27,6 +27,7 @@ class Mix:
     copy_span: tuple[int, int] = (24, 200)
     min_distance: int = 256
     loop_period: tuple[int, int] = (6, 160)
+    loop_repeats: int = 3  # at most
     loop_grace: int = 8  # looped tokens without any loss before the unlikelihood sets in
 
     def scaled_to(self, length: int) -> "Mix":
@@ -38,6 +39,10 @@ class Mix:
         period = (self.loop_period[0], max(self.loop_period[0] + 1, int(self.loop_period[1] * shrink)))
         distance = max(span[1], int(self.min_distance * shrink))
         return replace(self, copy_span=span, min_distance=distance, loop_period=period)
+
+
+# For drafts, which follow whatever the target writes: greedy text of small models repeats itself a lot.
+REPETITIVE = Mix(copy_rows=0.8, loop_rows=0.8, loop_repeats=12)
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,15 @@ class Row:
         return Plant(source, start, length)
 
     def plant_loop(self, rng: np.random.Generator, mix: Mix) -> Plant | None:
-        """Insert a repeat of the last `period` tokens, one to three periods long; the text then goes on where it was.
+        """Insert one to `loop_repeats` repeats of the last `period` tokens; the text then goes on where it was.
 
         ... a b c | a b c a b | d e ...      period 3, length 5
                    . . . . .                  the first `loop_grace` SILENT, the others LOOPED
         """
         period = _log_uniform(rng, *mix.loop_period)
-        length = int(rng.integers(period, 3 * period + 1))
-        if period + length >= len(self.tokens):
+        length = int(rng.integers(period, mix.loop_repeats * period + 1))
+        length = min(length, len(self.tokens) - period - 1)
+        if length < 1:
             return None
         start = int(rng.integers(period, len(self.tokens) - length))
         if self._is_taken(start - period, period + 1):

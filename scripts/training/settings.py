@@ -37,6 +37,8 @@ class Settings:
     draft_ffn: int = 704
     draft_source_layers: str = "2,4"  # of the target, whose weights the draft's layers start from; "" starts at random
 
+    draft_start: str = ""  # folder of a draft to train further, instead
+
     short_context: int = 2048
     short_batch: int = 64
     long_context: int = 16384
