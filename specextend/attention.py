@@ -76,8 +76,7 @@ class HybridAttention:
     """
 
     def __init__(self, fused: bool = True):
-        self._fused = fused
-        self._unmasked = unmasked_attention if fused else masked_attention
+        self._unmasked = flash_attention if fused else masked_attention
 
     def __call__(self, query, key, value, scaling, tail, mask):
         if tail == 1 and query.shape[2] == 1:  # a token always sees itself: one part is enough
@@ -93,7 +92,7 @@ class HybridAttention:
         return _unstack_groups(output, lse, query)
 
     def _tail(self, query, queries, key, value, scaling, mask):
-        if mask is None and self._fused:
+        if mask is None and self._unmasked is flash_attention:
             return causal_flash_attention(query, key, value, scaling)
         if mask is None:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
@@ -126,37 +125,6 @@ def masked_attention(
         scores.masked_fill_(~mask, float("-inf"))
     lse = scores.logsumexp(-1)
     return torch.matmul(scores.sub_(lse[..., None]).exp_().to(value.dtype), value), lse
-
-
-def unmasked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """The fastest exact attention without a mask for these shapes, [B, H, T, D] against [B, H, K, D]."""
-    few_by_many = query.shape[2] <= 64 and key.shape[2] >= 2048
-    if few_by_many and query.device.type == "cpu" and query.dtype == torch.float32 and _ONEDNN:
-        return onednn_attention(query, key, value, scaling)
-    return flash_attention(query, key, value, scaling)
-
-
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def onednn_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Few queries against many keys on a CPU, through oneDNN's products; forms [T, K] scores, one head at a time.
-
-    The fused CPU op spends most of such a call in products that are thin for its library; with 5 to 17 queries and 16K
-    keys this takes about two thirds of its time, in float32 and to the same rounding.
-
-    Args:
-        query: [1, H, T, D]; key, value: [1, H, K, D].
-    """
-    product = torch.ops.mkldnn._linear_pointwise
-    outputs, lses = [], []
-    for q, k, v in zip(query[0] * scaling, key[0], value[0], strict=True):
-        weights = product(q, k, None, "none", [], "")  # [T, K]
-        highest = weights.amax(-1, keepdim=True)
-        total = weights.sub_(highest).exp_().sum(-1, keepdim=True)
-        outputs.append(product(weights, v.T, None, "none", [], "").div_(total))
-        lses.append(highest.add_(total.log())[:, 0])
-    return torch.stack(outputs)[None], torch.stack(lses)[None]
 
 
 def flash_attention(

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from specextend import attention
 from specextend.attention import (
     DenseAttention,
     HybridAttention,
@@ -256,24 +255,3 @@ def test_prefill_computes_logits_of_the_last_position_only(setting, make_engine,
     engine.generate(make_prompt(350), 1)
     assert set(rows) == {1}, "a prefill made logits of more than one position"
     assert len(rows) == (4 if setting == "specextend" else 1), "the draft's prefill needs no logits"
-
-
-@pytest.mark.parametrize("queries", [1, 5, 51])
-def test_onednn_attention_matches_float64(queries):
-    torch.manual_seed(0)
-    query, (key, value) = torch.randn(1, 3, queries, 16), torch.randn(2, 1, 3, 2100, 16)
-    cache = torch.randn(1, 3, 2500, 16)  # keys come as a view of a larger buffer
-    cache[:, :, :2100] = key
-    output, lse = attention.onednn_attention(query, cache[:, :, :2100], value, 0.25)
-    scores = query.double() @ key.double().mT * 0.25
-    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-5)
-
-
-def test_few_queries_against_many_keys_go_through_onednn(monkeypatch):
-    assert attention._ONEDNN, "this CPU build of torch has no oneDNN"
-    called = []
-    monkeypatch.setattr(attention, "onednn_attention", lambda *args: called.append(1) or (args[0], args[0][..., 0]))
-    key = torch.randn(1, 2, 2048, 8)
-    attention.unmasked_attention(torch.randn(1, 2, 4, 8), key, key, 1.0)
-    assert called
