@@ -116,7 +116,8 @@ def _phases(record: dict) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for model in ("target", "draft"):
         environment = record[model]["environment"]
-        for phase in record[model]["training"]["phases"].values():
+        trainings = [record[model].get("earlier_training", {"phases": {}}), record[model]["training"]]
+        for phase in (phase for training in trainings for phase in training["phases"].values()):
             shape = f"{model} | {phase['context']:,} | {phase['batch']}"
             work = f"{phase['steps']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
             place = f"{environment['device']} | {environment['torch']}"
