@@ -184,7 +184,7 @@ def train_draft(run: Run) -> None:
 
     task = Task(
         draw=draw,
-        loss=run.compiled(draft_objective(draft, target)),
+        loss=run.compiled(draft_objective(draft, target, settings.teacher_temperature)),
         validate=lambda phase: validation_agreement(draft, target, windows),
         save=lambda: save_model(draft, run.layout.tokenizer, run.layout.draft),
     )

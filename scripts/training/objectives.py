@@ -32,12 +32,14 @@ def target_objective(model: LlamaForCausalLM, weight: float) -> Callable[[Tensor
     return loss
 
 
-def draft_objective(draft: LlamaForCausalLM, target: LlamaForCausalLM) -> Callable[[Tensor], Tensor]:
-    """Forward KL from the target's distribution to the draft's at every position of `tokens` [B, T]."""
+def draft_objective(
+    draft: LlamaForCausalLM, target: LlamaForCausalLM, temperature: float
+) -> Callable[[Tensor], Tensor]:
+    """Forward KL from the target's distribution at `temperature` to the draft's, everywhere in `tokens` [B, T]."""
 
     def loss(tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = F.log_softmax(target.lm_head(last_hidden(target, tokens)).float(), dim=-1)
+            wanted = F.log_softmax(target.lm_head(last_hidden(target, tokens)).float() / temperature, dim=-1)
         drafted = F.log_softmax(draft.lm_head(last_hidden(draft, tokens)).float(), dim=-1)
         return (wanted.exp() * (wanted - drafted)).sum(-1).mean()
 

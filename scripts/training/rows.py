@@ -19,7 +19,7 @@ UNIT = 2048  # tokens; longer rows get proportionally more plants
 class Mix:
     """How often and how a row is changed; lengths and distances in tokens."""
 
-    copy_rows: float = 1 / 3
+    copy_rows: float = 0.5
     fact_rows: float = 0.2
     loop_rows: float = 0.1
     max_copies: int = 4
@@ -42,7 +42,7 @@ class Mix:
 
 
 # For drafts, which follow whatever the target writes: greedy text of small models repeats itself a lot.
-REPETITIVE = Mix(copy_rows=0.8, loop_rows=0.8, loop_repeats=12)
+REPETITIVE = Mix(copy_rows=0.6, loop_rows=0.3, loop_repeats=12)
 
 
 @dataclass(frozen=True)

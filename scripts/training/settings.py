@@ -35,7 +35,7 @@ class Settings:
     draft_layers: int = 2
     draft_heads: int = 4
     draft_ffn: int = 704
-    draft_source_layers: str = "2,4"  # of the target, whose weights the draft's layers start from; "" starts at random
+    draft_source_layers: str = ""  # of the target, whose weights the draft's layers start from; "" starts at random
 
     draft_start: str = ""  # folder of a draft to train further, instead
 
@@ -45,10 +45,11 @@ class Settings:
     long_batch: int = 8
     draft_context: int = 1024
     draft_batch: int = 128
+    teacher_temperature: float = 0.8  # of the distribution the draft learns: below 1, its capacity goes to likely tokens
 
-    target_seconds: float = 840.0
-    long_fraction: float = 0.42
-    generation_seconds: float = 60.0
+    target_seconds: float = 600.0
+    long_fraction: float = 0.5
+    generation_seconds: float = 45.0
     generation_rows: int = 4096
     generation_prompt: int = 256
     draft_seconds: float = 300.0
