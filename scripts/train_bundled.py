@@ -1,6 +1,7 @@
-"""Train the bundled pair: tokenizer, long-context target, short-context draft; measure both; write a model card.
+"""Train what is bundled: tokenizer, long-context target, short-context draft, EAGLE heads; measure; write a model card.
 
     python scripts/train_bundled.py --corpus DIR_OR_FILES --out DIR      # or --hub: PG-19 and GovReport train splits
+    python scripts/train_bundled.py --what eagle1 eagle3 --corpus DIR_OR_FILES --out DIR    # heads of the target in DIR
 
 Stages whose output exists are skipped, and an interrupted training goes on from its last checkpoint (DIR/work).
 `--smoke` runs every stage with real shapes for a few seconds. The last line printed is a JSON summary.
@@ -12,18 +13,23 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `eagle` and `specextend`, also where they are not installed
+
 from training import measure
 from training.card import write_card
 from training.corpus import Encoded, encode, hold_out, read_documents, read_hub, source_table, train_tokenizer
 from training.facts import make_facts
 from training.generation import write_rows
+from training.heads import frequent_tokens, head_agreement, head_objective, new_head
 from training.initial import start_from_target
 from training.models import CACHED, draft_config, load_model, new_model, save_model, target_config
 from training.objectives import draft_objective, target_objective, validation_agreement, validation_loss
@@ -31,8 +37,10 @@ from training.record import Record, environment
 from training.rows import REPETITIVE, Mix, RowSource
 from training.settings import STAGES, Layout, Settings, TrainingError
 from training.trainer import Phase, Task, Trainer, log, multiplies_bfloat16
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from eagle.weights import save_head
 
 VALIDATION_TOKENS_PER_CHECK = 131_072
 PROMPT_TOKENS, LOOP_TOKENS = 1024, 256  # of the test for loops
@@ -54,6 +62,11 @@ class Run:
         if not path.exists():
             raise TrainingError(f"{path} is missing; run the stage `tokenizer` first")
         return Encoded.load(path)
+
+    def is_finished(self, stage: str) -> bool:
+        """The record travels with the weights, the encoded corpus does not."""
+        encoded = all((self.layout.work / f"{split}.npz").exists() for split in ("train", "validation"))
+        return self.record.is_finished(stage) and (stage != "tokenizer" or encoded)
 
     def folder_of(self, model: str) -> Path:
         if not self.record.is_finished(model):
@@ -85,15 +98,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")  # TF32 would round the rotary angles, a float32 product
     try:
         run = Run(args)
-        for stage in STAGES:
-            if stage not in args.stages:
-                continue
-            if run.record.is_finished(stage):
+        for stage in dict.fromkeys(stage for thing in args.what for stage in STAGES[thing]):
+            if run.is_finished(stage):
                 log(f"{stage}: already done, skipped")
                 continue
             log(f"{stage}: begins")
             STAGE_FUNCTIONS[stage](run)
             run.record.update(stage, finished=True, environment=environment(run.device, sys.argv))
+            if run.record.is_finished("measure"):
+                (run.layout.out / "README.md").write_text(write_card(run.record.sections), encoding="utf-8")
     except TrainingError as error:
         print(f"train_bundled: {error}", file=sys.stderr)
         sys.exit(2)
@@ -109,11 +122,12 @@ def prepare_tokens(run: Run) -> None:
     characters = sum(map(len, documents))
     log(f"{len(documents)} documents, {characters / 1e6:.1f}M characters")
     train, validation = hold_out(documents, settings)
-    tokenizer = train_tokenizer(train, settings)
+    trained = run.record.is_finished("target")  # then its tokenizer is given
+    tokenizer = AutoTokenizer.from_pretrained(run.layout.target) if trained else train_tokenizer(train, settings)
     if len(tokenizer) != settings.vocab_size:
         raise TrainingError(f"the corpus yields only {len(tokenizer)} tokens; lower --vocab_size")
     tokenizer.save_pretrained(run.layout.tokenizer)
-    log("tokenizer trained")
+    log("tokenizer " + ("taken from the target" if trained else "trained"))
     encoded = {
         "train": encode(train, tokenizer.backend_tokenizer),
         "validation": encode(validation, tokenizer.backend_tokenizer),
@@ -172,9 +186,39 @@ def train_draft(run: Run) -> None:
         draft.load_state_dict(load_model(Path(settings.draft_start), run.device).state_dict())
     elif settings.draft_source_layers:
         start_from_target(draft, target, [int(layer) for layer in settings.draft_source_layers.split(",")])
-    rows = run.rows(settings.seed + 2, REPETITIVE)
-    rng = np.random.default_rng(settings.seed + 3)
     windows = run.windows(settings.draft_context)
+    task = Task(
+        draw=mixed_rows(run, written, settings.seed + 2),
+        loss=run.compiled(draft_objective(draft, target, settings.teacher_temperature)),
+        validate=lambda phase: validation_agreement(draft, target, windows),
+        save=lambda: save_model(draft, run.layout.tokenizer, run.layout.draft),
+    )
+    phases = [Phase("distil", 1.0, settings.draft_batch, settings.draft_context)]
+    train(run, "draft", draft, task, phases, settings.draft_seconds)
+
+
+def train_head(kind: str, run: Run) -> None:
+    """Stages `eagle1`, `eagle3`: a head of the finished target, half on the corpus, half on what the target writes."""
+    settings = run.settings
+    written = target_text(run)
+    target = load_model(run.folder_of("target"), run.device)
+    vocabulary = frequent_tokens([run.data("train").stream, written], settings.eagle_vocab, settings.vocab_size)
+    head = new_head(kind, target, settings, vocabulary)
+    run.record.update(kind, written_rows=len(written), draft_vocabulary=len(vocabulary) if kind == "eagle3" else None)
+    windows = run.windows(settings.draft_context)
+    task = Task(
+        draw=mixed_rows(run, written, settings.seed + 6),
+        loss=run.compiled(head_objective(head, target, settings)),
+        validate=lambda phase: head_agreement(head, target, windows, settings.eagle_steps),
+        save=lambda: save_head(head, getattr(run.layout, kind)),
+    )
+    phases = [Phase("distil", 1.0, settings.eagle_batch, settings.draft_context)]
+    train(run, kind, head, task, phases, getattr(settings, f"{kind}_seconds"))
+
+
+def mixed_rows(run: Run, written: np.ndarray, seed: int) -> Callable[[Phase], tuple[Tensor]]:
+    """Batches [B, T] of rows, half of them from `written` [n, T] if there are any, the others from the corpus."""
+    rows, rng = run.rows(seed, REPETITIVE), np.random.default_rng(seed + 100)
 
     def draw(phase: Phase) -> tuple[Tensor]:
         own_rows = phase.batch // 2 if len(written) else 0
@@ -182,14 +226,7 @@ def train_draft(run: Run) -> None:
         own = written[rng.integers(0, max(1, len(written)), size=own_rows)]
         return (run.to_device(np.concatenate([natural, own.astype(np.int64)])),)
 
-    task = Task(
-        draw=draw,
-        loss=run.compiled(draft_objective(draft, target, settings.teacher_temperature)),
-        validate=lambda phase: validation_agreement(draft, target, windows),
-        save=lambda: save_model(draft, run.layout.tokenizer, run.layout.draft),
-    )
-    phases = [Phase("distil", 1.0, settings.draft_batch, settings.draft_context)]
-    train(run, "draft", draft, task, phases, settings.draft_seconds)
+    return draw
 
 
 def target_text(run: Run) -> np.ndarray:
@@ -237,15 +274,14 @@ def measure_pair(run: Run) -> None:
         figures = measurement()
         run.record.update("measure", **{name: figures})
         log(name, json.dumps(figures))
-    (run.layout.out / "README.md").write_text(write_card(run.record.sections), encoding="utf-8")
 
 
-def train(run: Run, name: str, model: LlamaForCausalLM, task: Task, phases: list[Phase], seconds: float) -> None:
+def train(run: Run, name: str, model: nn.Module, task: Task, phases: list[Phase], seconds: float) -> None:
     """Train a model and record it; its checkpoint is of no use afterwards."""
     trainer = Trainer(name, model, task, seconds, run.settings, run.layout.work / f"{name}.pt")
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    parameters = sum(weight.numel() for weight in model.parameters())
+    parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     run.record.update(name, parameters=parameters)
     log(f"{name}: {parameters / 1e6:.2f}M parameters")
     run.record.update(name, training=trainer.fit(phases))
@@ -264,6 +300,8 @@ STAGE_FUNCTIONS = {
     "target": train_target,
     "draft": train_draft,
     "measure": measure_pair,
+    "eagle1": partial(train_head, "eagle1"),
+    "eagle3": partial(train_head, "eagle3"),
 }
 
 
@@ -273,7 +311,7 @@ def summary(run: Run) -> dict:
     weights = [folder / "model.safetensors" for folder in (run.layout.target, run.layout.draft)]
     return {
         "out": str(run.layout.out),
-        "finished": [stage for stage in STAGES if run.record.is_finished(stage)],
+        "finished": [stage for stage in STAGE_FUNCTIONS if run.record.is_finished(stage)],
         "weight_bytes": sum(file.stat().st_size for file in weights if file.exists()),
         **{name: sections.get("measure", {}).get(name) for name in ("loss_by_position", "copying", "looping")},
     }
@@ -290,7 +328,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="folders or files (.txt, .txt.xz)")
     parser.add_argument("--hub", action="store_true", help="read PG-19 and GovReport through `datasets` instead")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--what", nargs="+", choices=STAGES, default=["pair"], help="the heads need a finished pair")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="real shapes, seconds per stage, a slice of the corpus")

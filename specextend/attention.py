@@ -53,6 +53,11 @@ class Attention(Protocol):
         """
 
 
+def attention(*, hybrid: bool) -> Attention:
+    """The attention behind a switch: `HybridAttention`, or the baseline's."""
+    return HybridAttention() if hybrid else DenseAttention()
+
+
 class DenseAttention:
     """All scores at once, [H, T, N + tail]: the definition, and the paper's baseline. One KV head at a time."""
 

@@ -149,8 +149,15 @@ class DraftCache:
         keys = self.rope.rotate(keys[:, :, first:], first)
         return self.rope.rotate(query, start), keys, values[:, :, first:]
 
+    def store_prompt(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """As `append_prompt`, for a prompt that nothing has to attend to."""
+        if self.full is not None:
+            self.full.write(layer, key, value, self.full.length)
+        else:
+            self.working.write(layer, self.rope.rotate(key, self.working.length), value, self.working.length)
+
     def commit_prompt(self, tokens: int) -> None:
-        """Commit `tokens` put there by `append_prompt`; the working cache waits for its first refresh."""
+        """Commit `tokens` of the prompt; the working cache waits for its first refresh."""
         (self.working if self.full is None else self.full).length += tokens
 
     def commit(self, tokens: int) -> None:

@@ -90,7 +90,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
-    _check_supported(directory, _read_json(path))
+    _check_supported(directory, read_json(path))
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -217,7 +217,7 @@ def _cached_snapshot(name: str) -> Path | None:
 def _is_complete(directory: Path, weights: bool) -> bool:
     if not weights:
         return has_tokenizer(directory)
-    files = _weight_files(directory)
+    files = weight_files(directory)
     return (directory / "config.json").is_file() and bool(files) and all(file.is_file() for file in files)
 
 
@@ -253,20 +253,20 @@ def _patterns(files: set[str], weights: bool) -> list[str]:
     return patterns
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The checkpoint's weight files, present or not, in transformers' order of preference; empty if it has none."""
     for name in WEIGHT_FILES:
         index = directory / f"{name}.index.json"
         if (directory / name).is_file():
             return [directory / name]
         if index.is_file():
-            shards = _read_json(index).get("weight_map", {})
+            shards = read_json(index).get("weight_map", {})
             return [directory / shard for shard in sorted(set(shards.values()))]
     return []
 
 
 def _require_weights(directory: Path) -> None:
-    files = _weight_files(directory)
+    files = weight_files(directory)
     if not files:
         raise ModelError(f"{directory} has no weights ({' or '.join(WEIGHT_FILES)}, or their shards); download them")
     missing = [file.name for file in files if not file.is_file()]
@@ -276,7 +276,7 @@ def _require_weights(directory: Path) -> None:
         )
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 from rich.console import Console
 
-from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import SpecExtendError
 from specextend.models import PRESETS, LoadedModels
@@ -98,7 +98,7 @@ def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendCon
         base,
         **_given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
         tree=replace(default_tree(models), **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
-        retrieval=replace(RetrievalConfig(), **_given(args, retrieval)),
+        retrieval=replace(models.preset.retrieval, **_given(args, retrieval)),
     )
 
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from specextend.attention import Attention, band_attention
+from specextend.attention import Attend, attention, band_attention
 from specextend.cache import DraftCache
-from specextend.config import TreeConfig
+from specextend.config import SpecExtendConfig
+from specextend.features import FeatureTap
+from specextend.rope import Rope, make_exact
 from specextend.tree import DraftTree, Level, grow
 from specextend.verify import Accepted
 
 
 class Drafter(Protocol):
-    """What the decode loop asks of a draft."""
+    """What the decode loop asks of a draft.
+
+    Attributes:
+        tap: what it reads of the target's hidden states, None for drafters that read none.
+    """
+
+    tap: FeatureTap | None
 
     @property
     def context(self) -> int:
@@ -35,40 +43,79 @@ class Drafter(Protocol):
         """Make the tokens at `positions` [m] the working cache."""
 
 
-class ClassicDrafter:
-    """A small causal LM with the target's vocabulary, run with un-rotated keys (see `DraftCache`).
+class TreeDrafter:
+    """What drafters with a cache of their own share: who attends to what, in the prompt and in the tree.
 
     Args:
-        prefill_attention, tree_attention: as for the target.
-        window: sliding causal window of the prefill in tokens, None for full causal attention.
-        prefill_block: tokens per prefill block; None runs the whole prompt at once.
-        vocab_size: the target's; ids beyond it are never proposed.
+        shape: config of the draft's layers, for the shape of the cache.
+        rotary: the draft's own rotary embedding; the draft itself runs un-rotated, see `DraftCache`.
+        config: its switches are resolved here.
     """
 
+    tap: FeatureTap | None = None
+
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: DraftCache,
-        tree: TreeConfig,
-        *,
-        prefill_attention: Attention,
-        tree_attention: Attention,
-        window: int | None,
-        prefill_block: int | None,
-        vocab_size: int,
-    ):
-        self.cache = cache
-        self._model, self._tree, self._vocab_size = model, tree, vocab_size
-        self._prefill_attention, self._tree_attention = prefill_attention, tree_attention
-        self._window, self._prefill_block = window, prefill_block
-        self._pending = torch.empty(0, dtype=torch.long)
+        self, shape: PreTrainedConfig, rotary: nn.Module, dtype: torch.dtype, device: torch.device,
+        config: SpecExtendConfig,
+    ):  # fmt: skip
+        rope = Rope(rotary, dtype, device)
+        self.cache = DraftCache(shape, rope, dtype, device, working_capacity=_working_capacity(config))
+        self._tree = config.tree
+        self._prefill_attention = attention(hybrid=config.flash_prefill)
+        self._tree_attention = attention(hybrid=config.hybrid_tree_attention)
+        self._window = (config.draft_window or None) if config.flash_prefill else None
+        self._prefill_block = config.prefill_block if config.flash_prefill else None
 
     @property
     def context(self) -> int:
         return self.cache.context
 
+    def refresh(self, positions: Tensor) -> None:
+        self.cache.refresh(positions)
+
+    def _reset(self, prompt_tokens: int, room: int) -> None:
+        self.cache.reset(prompt_tokens + room, self._tree.nodes * self._tree.max_depth)
+
+    def _attend_level(self, level: Level) -> Attend:
+        """The nodes of `level`, each behind the committed tokens and its own ancestors."""
+
+        def attend(layer, query, key, value, scaling):
+            position = self.cache.working.length - 1 + level.depth  # the root is committed
+            offset = level.visible.shape[1] - level.visible.shape[0]
+            query, key = self.cache.rope.rotate_pair(query, key, position, same=True)
+            keys, values = self.cache.working.write(layer, key, value, self.cache.working.length + offset)
+            return self._tree_attention(query, keys, values, scaling, level.visible.shape[1], level.visible)[0]
+
+        return attend
+
+    def _attend_newest(self, layer, query, key, value, scaling):
+        """The newest tokens, causal, behind the working cache."""
+        query, keys, values = self.cache.append(layer, query, key, value)
+        return self._tree_attention(query, keys, values, scaling, query.shape[2], None)[0]
+
+    def _attend_prompt(self, layer, query, key, value, scaling):
+        """A block of the prompt, before there is a working cache."""
+        query, keys, values = self.cache.append_prompt(layer, query, key, value, self._window)
+        if self._window:
+            return band_attention(query, keys, values, scaling, self._window)[0]
+        return self._prefill_attention(query, keys, values, scaling, query.shape[2], None)[0]
+
+
+class ClassicDrafter(TreeDrafter):
+    """A small causal LM with the target's vocabulary.
+
+    Args:
+        vocab_size: the target's; ids beyond it are never proposed.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SpecExtendConfig, vocab_size: int):
+        make_exact(model)
+        super().__init__(model.config, model.get_decoder().rotary_emb, model.dtype, model.device, config)
+        self._model, self._vocab_size = model, vocab_size
+        self._pending = torch.empty(0, dtype=torch.long)
+
     def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
-        self.cache.reset(len(prompt) + room, self._tree.nodes * self._tree.max_depth)
+        self._reset(len(prompt), room)
         for block in prompt.split(self._window or self._prefill_block or len(prompt)):
             self._run(self._model.get_decoder(), block, self._attend_prompt)
             self.cache.commit_prompt(len(block))
@@ -84,32 +131,9 @@ class ClassicDrafter:
     def commit(self, accepted: Accepted) -> None:
         self._pending = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
 
-    def refresh(self, positions: Tensor) -> None:
-        self.cache.refresh(positions)
-
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V] after the nodes of `level`."""
-
-        def attend(layer, query, key, value, scaling):
-            position = self.cache.working.length - 1 + level.depth  # the root is committed
-            offset = level.visible.shape[1] - level.visible.shape[0]
-            query, key = self.cache.rope.rotate_pair(query, key, position, same=True)
-            keys, values = self.cache.working.write(layer, key, value, self.cache.working.length + offset)
-            return self._tree_attention(query, keys, values, scaling, level.visible.shape[1], level.visible)[0]
-
-        return self._logprobs(self._run(self._model, level.tokens, attend).logits[0])
-
-    def _attend_newest(self, layer, query, key, value, scaling):
-        """The newest tokens, causal, behind the working cache."""
-        query, keys, values = self.cache.append(layer, query, key, value)
-        return self._tree_attention(query, keys, values, scaling, query.shape[2], None)[0]
-
-    def _attend_prompt(self, layer, query, key, value, scaling):
-        """A block of the prompt, before there is a working cache."""
-        query, keys, values = self.cache.append_prompt(layer, query, key, value, self._window)
-        if self._window:
-            return band_attention(query, keys, values, scaling, self._window)[0]
-        return self._prefill_attention(query, keys, values, scaling, query.shape[2], None)[0]
+        return self._logprobs(self._run(self._model, level.tokens, self._attend_level(level)).logits[0])
 
     def _run(self, model, tokens: Tensor, attend, **options):
         return model(
@@ -122,3 +146,12 @@ class ClassicDrafter:
 
     def _logprobs(self, logits: Tensor) -> Tensor:
         return logits[:, : self._vocab_size].float().log_softmax(-1)
+
+
+def _working_capacity(config: SpecExtendConfig) -> int | None:
+    """Tokens the working cache must hold: what is retrieved and what comes until the next refresh."""
+    if config.draft_cache == "full":
+        return None
+    retrieval = config.retrieval
+    # between two refreshes it grows by at most a full path and a bonus token per round
+    return retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from specextend.attention import DenseAttention, HybridAttention
-from specextend.cache import DraftCache, KVCache
+from specextend.attention import attention
+from specextend.cache import KVCache
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data import encode_prompt
-from specextend.drafter import ClassicDrafter, Drafter
+from specextend.drafter import Drafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
+from specextend.features import FeatureTap
 from specextend.generate import Generation, Output, Round, autoregressive, speculative
 from specextend.models import LoadedModels, load_models
 from specextend.retrieval import retriever
-from specextend.rope import Rope, make_exact
+from specextend.rope import make_exact
 from specextend.target import Target
 from specextend.text import TextStream
 from specextend.verify import chooser
@@ -40,13 +41,12 @@ class SpecExtend:
     def __init__(self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None):
         self.models = models
         self.config = config or default_config(models)
-        for model in filter(None, (models.target, models.draft)):
-            make_exact(model)
+        make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
-        self._target = _build_target(models, self.config, self._cache)
+        self._drafter = _build_drafter(models, self.config)
+        self._target = _build_target(models, self.config, self._cache, self._drafter and self._drafter.tap)
         flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
         self._baseline = _build_target(models, flash, self._cache)
-        self._drafter = _build_drafter(models, self.config) if models.draft is not None else None
         self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
 
     @classmethod
@@ -171,8 +171,8 @@ class SpecExtend:
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
-    """All parts of SpecExtend, with the tree of the preset."""
-    return SpecExtendConfig.specextend(tree=default_tree(models))
+    """All parts of SpecExtend, with the tree and the retrieval of the preset."""
+    return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
@@ -180,38 +180,21 @@ def default_tree(models: LoadedModels) -> TreeConfig:
     return (models.preset.cpu_tree if models.device.type == "cpu" else None) or TreeConfig()
 
 
-def _build_target(models: LoadedModels, config: SpecExtendConfig, cache: KVCache) -> Target:
-    flash = config.flash_prefill
+def _build_target(
+    models: LoadedModels, config: SpecExtendConfig, cache: KVCache, tap: FeatureTap | None = None
+) -> Target:
     return Target(
         models.target,
         cache,
-        prefill_attention=HybridAttention() if flash else DenseAttention(),
-        tree_attention=HybridAttention() if config.hybrid_tree_attention else DenseAttention(),
-        prefill_block=config.prefill_block if flash else None,
+        prefill_attention=attention(hybrid=config.flash_prefill),
+        tree_attention=attention(hybrid=config.hybrid_tree_attention),
+        prefill_block=config.prefill_block if config.flash_prefill else None,
+        tap=tap,
     )
 
 
-def _build_drafter(models: LoadedModels, config: SpecExtendConfig) -> Drafter:
-    draft, retrieval, flash = models.draft, config.retrieval, config.flash_prefill
-    # between two refreshes the working cache grows by at most a full path and a bonus token per round
-    working = retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)
-    cache = DraftCache(
-        draft.config,
-        Rope(draft.get_decoder().rotary_emb, draft.dtype, draft.device),
-        draft.dtype,
-        draft.device,
-        working_capacity=None if config.draft_cache == "full" else working,
-    )
-    return ClassicDrafter(
-        draft,
-        cache,
-        config.tree,
-        prefill_attention=HybridAttention() if flash else DenseAttention(),
-        tree_attention=HybridAttention() if config.hybrid_tree_attention else DenseAttention(),
-        window=(config.draft_window or None) if flash else None,
-        prefill_block=config.prefill_block if flash else None,
-        vocab_size=models.vocab_size,
-    )
+def _build_drafter(models: LoadedModels, config: SpecExtendConfig) -> Drafter | None:
+    return models.drafter(models.draft, config, models.vocab_size) if models.draft is not None else None
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:

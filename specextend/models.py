@@ -6,10 +6,12 @@ checkpoints lie and how they are read is `checkpoints.py`'s business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from specextend.checkpoints import (
@@ -22,7 +24,8 @@ from specextend.checkpoints import (
     read_tokenizer,
     weight_bytes,
 )
-from specextend.config import TreeConfig
+from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
+from specextend.drafter import ClassicDrafter, Drafter
 from specextend.errors import ConfigError, DeviceError, ModelError
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
@@ -46,6 +49,7 @@ class Preset:
         target, draft: hub id or directory; draft None: no small LM is known to fit (EAGLE-3 heads are used instead).
         template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
         cpu_tree: draft tree to use by default on a CPU, which is compute-bound where a GPU is not; None: the paper's.
+        retrieval: what the draft's working cache holds by default.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Preset:
     draft: str | None
     template: str | None = None
     cpu_tree: TreeConfig | None = None
+    retrieval: RetrievalConfig = RetrievalConfig()
 
 
 PRESETS = {
@@ -75,12 +80,13 @@ class LoadedModels:
         eos_token_ids: every id that ends a text, from generation config, config and tokenizer.
         limit: positions the target can hold (`position_limit`); the draft's own limit does not bound a prompt.
         vocab_size: ids both models know; logits beyond it are padding and must never be proposed.
+        drafter: makes the drafter of a setting out of `draft`.
     """
 
     name: str
     preset: Preset
     target: PreTrainedModel
-    draft: PreTrainedModel | None
+    draft: nn.Module | None
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
     limit: int
@@ -89,6 +95,7 @@ class LoadedModels:
     dtype: torch.dtype
     target_id: str
     draft_id: str | None
+    drafter: Callable[[nn.Module, SpecExtendConfig, int], Drafter] = ClassicDrafter
 
 
 def load_models(
@@ -132,8 +139,8 @@ def load_models(
         vocab_size=vocab_size,
         device=chosen_device,
         dtype=chosen_dtype,
-        target_id=_public_id(preset.target),
-        draft_id=_public_id(draft_id) if draft_id else None,
+        target_id=public_id(preset.target),
+        draft_id=public_id(draft_id) if draft_id else None,
     )
 
 
@@ -280,7 +287,7 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return "chat" if tokenizer.chat_template else None
 
 
-def _public_id(model_id: str) -> str:
+def public_id(model_id: str) -> str:
     """A model's name for records: the bundled pair without the path of this machine."""
     path = Path(model_id)
     return str(path.relative_to(BUNDLED_DIR.parent)) if path.is_relative_to(BUNDLED_DIR) else model_id

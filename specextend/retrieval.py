@@ -91,6 +91,8 @@ def chunk_scores(attention: Tensor, chunk_size: int) -> Tensor:
     Returns:
         [C] with C = ceil(N / chunk_size).
     """
+    if not len(attention):  # an EAGLE head behind a prompt of one token has no pair cached yet
+        return attention
     chunks = num_chunks(len(attention), chunk_size)
     padded = torch.nn.functional.pad(attention, (0, chunks * chunk_size - len(attention)))
     means = padded.view(chunks, chunk_size).mean(-1)

@@ -24,7 +24,7 @@ class Rope:
     def rotate(self, states: Tensor, start: int, *, same: bool = False) -> Tensor:
         """Rotate `states` [..., T, D] to positions start, start + 1, ..., or all of them to `start` (a tree level)."""
         end = start + (1 if same else states.shape[-2])
-        self._reserve(end)
+        self._reserve(max(end, 1))  # an empty row, too, has a head dim
         half = states.shape[-1] // 2
         swapped = torch.cat((states[..., half:], states[..., :half]), -1)
         return torch.addcmul(states * self._cos[start:end], swapped, self._sin[start:end])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specextend.attention import Attention, attention_row
 from specextend.cache import KVCache
+from specextend.features import FeatureTap
 from specextend.rope import DynamicRope
 from specextend.tree import DraftTree
 
@@ -19,6 +22,7 @@ class Target:
         cache: of the model's shape; its contents belong to one prompt.
         prefill_attention, tree_attention: how a prefill block and a draft tree attend.
         prefill_block: tokens per prefill block; None runs the whole prompt at once.
+        tap: collects the hidden states a draft reads, if it reads any.
     """
 
     def __init__(
@@ -28,18 +32,22 @@ class Target:
         prefill_attention: Attention,
         tree_attention: Attention,
         prefill_block: int | None,
+        tap: FeatureTap | None = None,
     ):
         self.model = model
         self.cache = cache
         self._prefill_attention = prefill_attention
         self._tree_attention = tree_attention
         self._prefill_block = prefill_block
+        self._tap = tap
         self._last_layer: _CachedAttend | None = None
         self._newest = 0
 
     def prefill(self, prompt: Tensor, room: int) -> Tensor:
         """Forget the last prompt, read `prompt` [N], make room for `room` more; last position's logits [1, V]."""
         self.cache.reset(len(prompt) + room)
+        if self._tap:
+            self._tap.clear()
         rotary = self.model.get_decoder().rotary_emb
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(prompt)
@@ -68,13 +76,14 @@ class Target:
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: _CachedAttend) -> Tensor:
         self._last_layer = attend
-        return self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=attend.keep,
-            attend=attend,
-        ).logits[0]
+        with self._tap or nullcontext():
+            return self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=attend.keep,
+                attend=attend,
+            ).logits[0]
 
 
 class _CachedAttend:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specextend.attention import NAME
 from specextend.config import SpecExtendConfig
+from specextend.drafter import ClassicDrafter
 from specextend.engine import SpecExtend
 from specextend.models import LoadedModels, Preset, load_models
 
@@ -153,6 +154,7 @@ def make_engine() -> Callable[..., SpecExtend]:
         eos: tuple[int, ...] = (),
         limit: int = 8192,
         tokenizer=None,
+        drafter: Callable = ClassicDrafter,
     ) -> SpecExtend:
         models = LoadedModels(
             name="tiny",
@@ -167,6 +169,7 @@ def make_engine() -> Callable[..., SpecExtend]:
             dtype=target.dtype,
             target_id="tiny",
             draft_id="tiny",
+            drafter=drafter,
         )
         return SpecExtend(models, config)
 

@@ -24,7 +24,6 @@ from specextend.retrieval import (
     num_chunks,
     retriever,
 )
-from specextend.rope import Rope
 from specextend.target import Target
 from specextend.tree import DraftTree
 from specextend.verify import Accepted
@@ -200,18 +199,16 @@ class Listener:
         model.lm_head.register_forward_hook(lambda module, args, output: self.logits.append(output[0]))
 
 
-def make_drafter(model, working: int | None, tree: TreeConfig, route: str = "hybrid", window: int | None = None):
-    rope = Rope(model.get_decoder().rotary_emb, torch.float32, CPU)
-    return ClassicDrafter(
-        model,
-        DraftCache(model.config, rope, torch.float32, CPU, working),
-        tree,
-        prefill_attention=ROUTES[route],
-        tree_attention=ROUTES[route],
-        window=window,
-        prefill_block=None,
-        vocab_size=97,
+def make_drafter(model, working: int | None, tree: TreeConfig, route: str = "hybrid", window: int = 0):
+    config = SpecExtendConfig(
+        flash_prefill=route == "hybrid" or window > 0,
+        hybrid_tree_attention=route == "hybrid",
+        draft_cache="retrieval" if working else "full",
+        draft_window=window,
+        tree=tree,
+        retrieval=RetrievalConfig(chunk_size=working or 1, top_k=1),
     )
+    return ClassicDrafter(model, config, 97)
 
 
 def from_scratch(hf_twin, model, tokens: Tensor) -> Tensor:
@@ -299,7 +296,7 @@ def test_deep_draft_keeps_first_layer_keys_as_if_computed_from_scratch(make_mode
     assert difference > 0.1, "deeper layers have seen the whole context, and keep that"
 
 
-@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("window", [0, 8])
 def test_draft_prefill_gives_what_transformers_gives_under_the_window(
     window, make_model, perturbed, make_prompt, hf_twin
 ):

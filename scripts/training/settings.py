@@ -4,7 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-STAGES = ("tokenizer", "target", "draft", "measure")
+STAGES = {  # of each thing that can be trained
+    "pair": ("tokenizer", "target", "draft", "measure"),
+    "eagle1": ("tokenizer", "eagle1"),
+    "eagle3": ("tokenizer", "eagle3"),
+}
 
 # Two runs that differ in one of these cannot share an output folder: stages would not fit together.
 IDENTITY = (
@@ -45,7 +49,7 @@ class Settings:
     long_batch: int = 8
     draft_context: int = 1024
     draft_batch: int = 128
-    teacher_temperature: float = 0.8  # of the distribution the draft learns: below 1, its capacity goes to likely tokens
+    teacher_temperature: float = 0.8  # of what the draft learns; below 1: capacity goes to likely tokens
 
     target_seconds: float = 600.0
     long_fraction: float = 0.5
@@ -53,6 +57,13 @@ class Settings:
     generation_rows: int = 4096
     generation_prompt: int = 256
     draft_seconds: float = 300.0
+
+    eagle_batch: int = 64
+    eagle_layers: str = "2,4,6"  # EAGLE-3's features: the target's residual stream entering these; 6 of 6: its end
+    eagle_vocab: int = 4096
+    eagle_steps: int = 5  # of EAGLE-3's training-time test
+    eagle1_seconds: float = 80.0
+    eagle3_seconds: float = 160.0
 
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -83,8 +94,8 @@ class Settings:
         """The same shapes, a few seconds per stage, on a slice of the corpus."""
         return dataclasses.replace(
             self, max_characters=14_000_000, validation_tokens=400_000, num_facts=2_000, target_seconds=5.0,
-            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, log_steps=20, validations=2,
-            checkpoint_seconds=3.0, measure_windows=4, measure_prompts=16,
+            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, eagle1_seconds=3.0, eagle3_seconds=3.0,
+            log_steps=20, validations=2, checkpoint_seconds=3.0, measure_windows=4, measure_prompts=16,
         )  # fmt: skip
 
 
@@ -101,6 +112,14 @@ class Layout:
     @property
     def draft(self) -> Path:
         return self.out / "draft"
+
+    @property
+    def eagle1(self) -> Path:
+        return self.out / "eagle1"
+
+    @property
+    def eagle3(self) -> Path:
+        return self.out / "eagle3"
 
     @property
     def work(self) -> Path:

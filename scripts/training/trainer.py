@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
 
 from training.muon import Muon
 from training.settings import Settings
@@ -78,11 +77,11 @@ class Trainer:
     """Trains `model` for `seconds`; its whole state can be saved to and resumed from `checkpoint`."""
 
     def __init__(
-        self, name: str, model: LlamaForCausalLM, task: Task, seconds: float, settings: Settings, checkpoint: Path
+        self, name: str, model: nn.Module, task: Task, seconds: float, settings: Settings, checkpoint: Path
     ) -> None:
         self.name, self.model, self.task, self.seconds = name, model, task, seconds
         self.settings, self.checkpoint = settings, checkpoint
-        self.device = model.device
+        self.device = next(model.parameters()).device
         self.optimizers = make_optimizers(model, settings)
         self.base_lrs = [settings.matrix_lr, settings.adam_lr]
         self.clock = BudgetClock(self.device)
@@ -216,11 +215,13 @@ class Trainer:
         log(f"{self.name} resumed at {self.clock.elapsed:.0f}s of {self.seconds:.0f}s, step {self.steps}")
 
 
-def make_optimizers(model: LlamaForCausalLM, settings: Settings) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices of the layers, AdamW for the tied embedding and the norms."""
-    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    matrices = [weight for name, weight in trained.items() if weight.ndim == 2 and "embed_tokens" not in name]
-    others = [weight for name, weight in trained.items() if weight.ndim == 1 or "embed_tokens" in name]
+def make_optimizers(model: nn.Module, settings: Settings) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the layers, AdamW for embedding, LM head and norms."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            in_layer = weight.ndim == 2 and not name.startswith(("model.embed_tokens", "lm_head"))
+            (matrices if in_layer else others).append(weight)
     return (
         Muon(matrices, settings.matrix_lr, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),

@@ -1,0 +1,78 @@
+"""An EAGLE head behind the verbs of the decode loop; the tree, the cache and the retrieval are `specextend`'s."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eagle.heads import Head
+from specextend.config import SpecExtendConfig
+from specextend.drafter import TreeDrafter
+from specextend.features import FeatureTap
+from specextend.tree import DraftTree, Level, grow
+from specextend.verify import Accepted
+
+
+class EagleDrafter(TreeDrafter):
+    """Drafts with an EAGLE head.
+
+    The head's cache holds pairs: pair i is token i + 1 with the target's feature of token i, at position i. After N
+    committed tokens and a root, N pairs exist, and the last of them, the root's, predicts the tree's first level.
+
+    Args:
+        vocab_size: the target's; ids beyond it are never proposed.
+        target: whose hidden states are tapped.
+    """
+
+    def __init__(self, head: Head, config: SpecExtendConfig, vocab_size: int, *, target: PreTrainedModel):
+        super().__init__(head.config, head.rotary_emb, target.dtype, target.device, config)
+        self.tap = FeatureTap(target, head.entering)
+        self._head, self._vocab_size = head, vocab_size
+        self._tokens = self._states = self._hidden = torch.empty(0)
+        dim = head.layers[0].self_attn.head_dim
+        zero = torch.zeros(1, 1, dim, dtype=target.dtype, device=target.device)
+        self._unrotated = (zero + 1, zero)
+
+    def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
+        """The prompt's pairs need keys and values only: nothing reads the block's output for them."""
+        self._reset(len(prompt), room)
+        tokens, features = torch.cat((prompt[1:], first.reshape(1))), self.tap.take()
+        block = self._prefill_block or len(prompt)
+        for start in range(0, len(prompt) - 1, block):
+            pairs = slice(start, min(start + block, len(prompt) - 1))
+            states = self._head.states(features[pairs])
+            key, value = self._head.keys_and_values(tokens[None, pairs], states[None], self._unrotated)
+            self.cache.store_prompt(0, key, value)
+            self.cache.commit_prompt(key.shape[2])
+        self._tokens, self._states = tokens[-1:], self._head.states(features[-1:])
+
+    def propose(self) -> DraftTree:
+        root = self._tokens[-1]
+        self._hidden = self._run(self._tokens, self._states, self._attend_newest)[-1:]
+        self.cache.commit(len(self._tokens))
+        tree = grow(root, self._logprobs(self._hidden), self._expand, self._tree)
+        return replace(tree, tokens=torch.cat((root.reshape(1), self._target_ids(tree.tokens[1:]))))
+
+    def commit(self, accepted: Accepted) -> None:
+        self._tokens = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
+        self._states = self._head.states(self.tap.take()[accepted.path])
+
+    def _expand(self, level: Level) -> Tensor:
+        """Log-probabilities [n, V_draft] after the nodes of `level`, whose tokens are draft ids."""
+        states = self._hidden[level.parents]
+        self._hidden = self._run(self._target_ids(level.tokens), states, self._attend_level(level))
+        return self._logprobs(self._hidden)
+
+    def _run(self, tokens: Tensor, states: Tensor, attend) -> Tensor:
+        """Block output [T, H] of pairs."""
+        return self._head(tokens[None], states[None], self._unrotated, attend=attend)[0]
+
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        logits = self._head.logits(hidden).float()
+        return (logits if self._head.target_ids is not None else logits[:, : self._vocab_size]).log_softmax(-1)
+
+    def _target_ids(self, tokens: Tensor) -> Tensor:
+        return tokens if self._head.target_ids is None else self._head.target_ids[tokens]

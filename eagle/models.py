@@ -1,0 +1,67 @@
+"""A target with an EAGLE head as its draft, by name or from files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from eagle.drafter import EagleDrafter
+from eagle.weights import KINDS, load_head
+from specextend import models
+from specextend.checkpoints import find_checkpoint
+from specextend.config import RetrievalConfig, TreeConfig
+from specextend.errors import ModelError
+
+RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
+CPU_TREE = TreeConfig(12, 5, 0.2)
+
+# (target preset, kind) -> the head's hub id or directory; the first of a target is its default
+HEADS = {
+    ("bundled", "eagle3"): str(models.BUNDLED_DIR / "eagle3"),
+    ("bundled", "eagle1"): str(models.BUNDLED_DIR / "eagle1"),
+    ("vicuna_7b", "eagle1"): "jycha-98/EAGLE-vicuna-7b-v1.5-16k",
+    ("longchat_7b", "eagle1"): "jycha-98/EAGLE-longchat-7b-16k",
+    ("llama31_8b", "eagle3"): "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
+    ("r1_distill_llama_8b", "eagle3"): "yuhuili/EAGLE3-DeepSeek-R1-Distill-LLaMA-8B",
+}
+
+
+def load_models(
+    name_or_path: str,
+    *,
+    head: str | None = None,
+    draft: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> models.LoadedModels:
+    """Load a target with an EAGLE head.
+
+    Args:
+        name_or_path: as for `specextend.models.load_models`.
+        head: "eagle1", "eagle3" or None for the preset's, or for whatever `draft` holds.
+        draft: directory or hub id of the head; None: the preset's.
+    """
+    draft_id = draft or _head_of(models.find_preset(name_or_path).name, head)
+    directory = find_checkpoint(draft_id)
+    loaded = models.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
+    return replace(
+        loaded,
+        preset=replace(loaded.preset, cpu_tree=loaded.preset.cpu_tree and CPU_TREE, retrieval=RETRIEVAL),
+        draft=load_head(directory, loaded.target, head),
+        drafter=partial(EagleDrafter, target=loaded.target),
+        draft_id=models.public_id(draft_id),
+    )
+
+
+def _head_of(target: str, head: str | None) -> str:
+    if head is not None and head not in KINDS:
+        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}")
+    known = {kind: where for (name, kind), where in HEADS.items() if name == target}
+    if not known:
+        raise ModelError(f"no EAGLE head of {target} is known; give one by --draft_model (a directory or a hub id)")
+    if head and head not in known:
+        raise ModelError(
+            f"no {head} head of {target} is known, only {', '.join(known)}; give one by --draft_model "
+            "(a directory or a hub id)"
+        )
+    return known[head or next(iter(known))]

@@ -1,0 +1,86 @@
+"""What the entry points do once their models can be loaded: answer prompts, or measure a data set.
+
+`run_classic.py` and `run_eagle.py` differ in the draft alone, and so do the two eval scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from specextend import cli
+from specextend.config import SpecExtendConfig
+from specextend.engine import SpecExtend
+from specextend.evaluate import Plan, evaluate, read_buckets, require_positive
+from specextend.models import LoadedModels
+from specextend.prepare import ensure_data
+from specextend.prompts import gather_prompts
+from specextend.report import Narrator
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("text")
+    text.add_argument("--input_file", "-i", type=Path, help=".jsonl (field text) or a text file; else built-in text")
+    text.add_argument("--max_samples", "-n", type=int, default=1, help="prompts to answer")
+    text.add_argument("--max_gen_len", "-max", type=int, default=256, help="new tokens at most")
+    text.add_argument("--input_len", type=int, help="cut prompts to this many tokens; 4096 for the built-in text")
+    text.add_argument("--stop", action="append", default=[], help="string that ends the answer; may be given twice")
+    show = parser.add_argument_group("display")
+    show.add_argument("--verbose", action="store_true", help="stream the text, tokens coloured by who wrote them")
+    show.add_argument("--compare", action="store_true", help="also autoregressive and standard decoding, side by side")
+    show.add_argument("--output_result_line", action="store_true", help="print one JSON line per result")
+    cli.add_method_flags(parser)
+    cli.add_sampling_flags(parser)
+
+
+def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
+    """Answer the prompts the flags name."""
+    sampling = cli.sampling_from(args)
+    narrator = Narrator(verbose=args.verbose, result_line=args.output_result_line)
+    with narrator.busy(f"loading {args.model_name}"):
+        models = load()
+        engine = SpecExtend(models, cli.config_from(args, models))
+    narrator.introduce(engine, sampling)
+    for prompt in gather_prompts(engine, args.input_file, args.max_samples, args.input_len, args.max_gen_len):
+        methods = {engine.config.method: engine.generate}
+        if args.compare:
+            standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))
+            methods = {"autoregressive": engine.autoregressive, "standard": standard.generate} | methods
+        narrator.answer(prompt, methods, max_new_tokens=args.max_gen_len, sampling=sampling, stop=args.stop)
+
+
+def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_dir", type=Path, default=Path("data/govreport"), help="folder of <name>_<length>.jsonl files"
+    )
+    data.add_argument("--lengths", nargs="+", metavar="LENGTH", help="only these, as 512 1K 4K; all without it")
+    data.add_argument("--samples_per_length", "-n", type=int, default=20, help="prompts per length")
+    data.add_argument("--runs_per_sample", "-r", type=int, default=2, help="measurements per prompt")
+    output = parser.add_argument_group("output")
+    output.add_argument("--max_gen_len", "-max", type=int, default=256, help="new tokens per generation at most")
+    output.add_argument("--output_file", type=Path, help="results/<data>_<model>_<method>.json without it")
+    output.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    cli.add_method_flags(parser)
+    cli.add_sampling_flags(parser)
+
+
+def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
+    """Measure the data set the flags name, each prompt beside its autoregressive decoding; print the figures."""
+    require_positive(
+        samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=args.max_gen_len
+    )
+    sampling = cli.sampling_from(args)
+    data_dir = ensure_data(args.data_dir, args.model_name)
+    plan = Plan(
+        data=data_dir.resolve().name,
+        buckets=read_buckets(data_dir, args.samples_per_length, args.lengths or ()),
+        runs_per_sample=args.runs_per_sample,
+        max_new_tokens=args.max_gen_len,
+        sampling=sampling,
+    )
+    models = load()
+    engine = SpecExtend(models, cli.config_from(args, models))
+    print(json.dumps(evaluate(engine, plan, args.output_file, fresh=args.fresh)))
