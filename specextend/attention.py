@@ -141,6 +141,11 @@ def flash_attention(
         query: [B, H, T, D]; key, value: [B, H, K, D].
         mask: [T, K] additive, in the query's dtype (CPU only).
     """
+    if query.device.type == "cuda" and query.dtype == torch.float32:  # FlashAttention knows half precision only
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+        return output, lse[:, :, : query.shape[2]]
     if query.device.type == "cuda":
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scaling

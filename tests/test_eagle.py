@@ -64,7 +64,7 @@ def eagle3_weights(kv_heads: int, *, prefix: str = "midlayer.", draft_vocab: int
         f"{prefix}input_layernorm.weight": 1 + random(HIDDEN, seed=13),
         "fc.weight": random(HIDDEN, 3 * HIDDEN, seed=14),
         "norm.weight": 1 + random(HIDDEN, seed=15),
-        "lm_head.weight": random(draft_vocab, HIDDEN, seed=16),
+        "lm_head.weight": random(draft_vocab, HIDDEN, seed=16, scale=0.6),
         **({"d2t": ids - torch.arange(draft_vocab), "t2d": known} if draft_vocab < VOCAB else {}),
     }
 
@@ -449,4 +449,4 @@ def test_training_time_test_is_the_chain_that_drafting_makes(kind, load, hf_twin
             for s in range(1, step + 1):
                 pairs.append((int(ids[index - step + s + 1]), out))
                 out = reference.output(pairs)
-            torch.testing.assert_close(steps[step][0, index], out, atol=2e-4, rtol=1e-3)
+            torch.testing.assert_close(steps[step][0, index], out, atol=1e-3, rtol=1e-3)

@@ -6,7 +6,7 @@ next step, as they do from level to level of a draft tree, and the loss is taken
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -138,8 +138,8 @@ def head_objective(head: Head, target: LlamaForCausalLM, settings: Settings) -> 
     return loss
 
 
-def unroll(head: Head, tokens: Tensor, features: Tensor, steps: int) -> Iterator[Tensor]:
-    """The block's output [B, T - 1, H] step by step; from step k on, what stands before index k has no meaning.
+def unroll(head: Head, tokens: Tensor, features: Tensor, steps: int) -> list[Tensor]:
+    """The block's output [B, T - 1, H] of every step; from step k on, what stands before index k has no meaning.
 
     Args:
         tokens: [B, T]; features: [B, T, F] of the target.
@@ -147,11 +147,11 @@ def unroll(head: Head, tokens: Tensor, features: Tensor, steps: int) -> Iterator
     states = head.states(features[:, :-1])
     positions = torch.arange(states.shape[1], device=tokens.device)[None]
     rotation = head.rotary_emb(states, positions)
-    unrolled = Unrolled()
+    unrolled, outputs = Unrolled(), []
     for _ in range(steps):
-        states = head(tokens[:, 1:], states, rotation, unrolled=unrolled)
-        yield states
-        states = later(states, 1)
+        outputs.append(head(tokens[:, 1:], states, rotation, unrolled=unrolled))
+        states = later(outputs[-1], 1)
+    return outputs
 
 
 def target_features(head: Head, target: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
