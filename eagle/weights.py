@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from eagle.heads import Eagle1Head, Eagle3Head, Head
 from specextend.checkpoints import LOADING_ERRORS, one_line, quiet_transformers, read_json, weight_files
 from specextend.errors import ModelError
+from specextend.packed import pack_linears
 
 KINDS = ("eagle1", "eagle3")
 NAMES = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
@@ -45,7 +46,9 @@ def load_head(directory: Path, target: PreTrainedModel, kind: str | None = None)
         if getattr(head, name).weight.is_meta:
             setattr(head, name, shared)
     head.rotary_emb = type(head.rotary_emb)(config)  # its frequencies are computed, not loaded
-    return head.to(target.device, target.dtype).requires_grad_(False).eval()
+    head = head.to(target.device, target.dtype).requires_grad_(False).eval()
+    pack_linears(head)
+    return head
 
 
 def save_head(head: Head, directory: Path) -> None:

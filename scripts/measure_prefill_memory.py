@@ -21,6 +21,7 @@ from specextend import SpecExtend, cli
 from specextend.bench import environment, write_json
 from specextend.cache import cache_shape
 from specextend.models import load_models
+from specextend.packed import weight_nbytes
 from specextend.prompts import gather_prompts
 
 NEW_TOKENS = 16
@@ -84,9 +85,7 @@ def count_bytes(engine: SpecExtend, prompt_tokens: int) -> dict[str, int]:
     target = models.target.config
     hidden, ffn = target.hidden_size, target.intermediate_size
     return {
-        "weights": sum(
-            weight.numel() * size for model in (models.target, models.draft) for weight in model.parameters()
-        ),
+        "weights": weight_nbytes(models.target) + weight_nbytes(models.draft),
         "target_cache": (prompt_tokens + slots) * bytes_per_token(target, size),
         "draft_full_cache": 0
         if config.draft_cache == "full"

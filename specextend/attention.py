@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "specextend"
+ONE_PASS_QUERIES = 128  # on a CPU; the mask of a prefill block would be as large as its scores
 
 
 class Attend(Protocol):
@@ -77,15 +78,20 @@ class DenseAttention:
 class HybridAttention:
     """Prefix without a mask plus tail under the mask, merged by log-sum-exp; reads every key and value once.
 
-    `fused` names the prefix kernel: None is plain PyTorch, the reference.
+    Args:
+        fused: False runs both parts in plain PyTorch, the reference. On a CPU the fused op takes a mask as well, and
+            for a few queries one masked pass costs less than two parts and their merge.
     """
 
     def __init__(self, fused: bool = True):
+        self._fused = fused
         self._unmasked = flash_attention if fused else masked_attention
 
     def __call__(self, query, key, value, scaling, tail, mask):
         if tail == 1 and query.shape[2] == 1:  # a token always sees itself: one part is enough
             tail = 0
+        if tail and self._fused and query.device.type == "cpu" and query.shape[2] <= ONE_PASS_QUERIES:
+            return masked_flash_attention(query, key, value, scaling, tail, mask)
         prefix = key.shape[2] - tail
         queries = _stack_groups(query, key.shape[1])
         parts = []
@@ -154,6 +160,20 @@ def flash_attention(
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
     )
+
+
+def masked_flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, tail: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`HybridAttention` in one pass of the CPU's fused op, its mask written out as [G * T, N + tail] summands."""
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, tail, dtype=torch.bool).tril(tail - queries)
+    bias = torch.zeros(queries, keys, dtype=query.dtype)
+    bias[:, keys - tail :].masked_fill_(~mask, float("-inf"))
+    stacked = _stack_groups(query, key.shape[1])
+    bias = bias.repeat(stacked.shape[2] // queries, 1)
+    return _unstack_groups(*flash_attention(stacked, key, value, scaling, mask=bias), query)
 
 
 def causal_flash_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from specextend import attention
 from specextend.errors import CapacityError, ModelError
+from specextend.packed import pack_linears
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -128,6 +129,8 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The model in eval mode on `device`, its attention ours, every weight of the file used and none made up.
 
+    On a CPU its linear layers are packed (`packed.py`).
+
     Keys that are rightly absent or superfluous (a tied `lm_head`, the `rotary_emb.inv_freq` of old files) are known
     to transformers and not reported by it.
     """
@@ -144,7 +147,9 @@ def load_causal_lm(
                 ignore_mismatched_sizes=True,  # reported below, by name
             )
         _check_keys(directory, report)
-        return model.requires_grad_(False).eval().to(device)
+        model = model.requires_grad_(False).eval().to(device)
+        pack_linears(model)
+        return model
     except (MemoryError, *LOADING_ERRORS) as error:
         if _is_out_of_memory(error):
             raise CapacityError(

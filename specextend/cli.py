@@ -65,6 +65,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--nodes", int, "draft tokens per tree")
     _add(group, "--max_depth", int, "levels of a draft tree")
     _add(group, "--threshold", float, "expected accepted tokens one more level must add")
+    _add(group, "--min_probability", float, "leave out nodes that are reached with less than this probability")
     _add(group, "--retrieval_chunk_size", int, "tokens per chunk")
     _add(group, "--retrieve_top_k", int, "chunks in the working cache")
     _add(group, "--retrieve_every_n_steps", int, "rounds between refreshes of the working cache")

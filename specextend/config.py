@@ -28,16 +28,21 @@ class TreeConfig:
         nodes: draft tokens per tree, the root (a token already emitted) not counted.
         max_depth: longest path of draft tokens, hence draft forward passes per round at most.
         threshold: stop deepening when one more level adds less than this to the expected accepted length.
+        min_probability: leave out nodes that are reached with less than this; 0 keeps the best `nodes` whatever they
+            are. Ours, not the paper's: where every node costs time (a CPU), one that is hardly ever reached is a loss.
     """
 
     nodes: int = 50
     max_depth: int = 10
     threshold: float = 0.7
+    min_probability: float = 0.0
 
     def __post_init__(self) -> None:
         _require(self.nodes >= 1, f"nodes is {self.nodes}; a draft tree needs at least 1")
         _require(self.max_depth >= 1, f"max_depth is {self.max_depth}; a draft tree needs at least 1 level")
         _require(self.threshold >= 0, f"threshold is {self.threshold}; it must be 0 (always deepen) or more")
+        probable = 0 <= self.min_probability < 1
+        _require(probable, f"min_probability is {self.min_probability}; it must lie in 0 (keep all) .. 1, 1 excluded")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ probable paths over all levels. The sum of their probabilities is the accepted l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,6 +85,7 @@ def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], conf
     frontier = torch.zeros(1, dtype=torch.long, device=device)  # nodes that `logprobs` continues
     visible = torch.empty(1, 0, dtype=torch.bool, device=device)
     expected = 0.0
+    floor = math.log(config.min_probability) if config.min_probability else -math.inf
 
     for depth in range(1, config.max_depth + 1):
         children, which, continued = _best_children(scores[frontier], logprobs, config.nodes)
@@ -91,6 +93,7 @@ def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], conf
         tokens, parents = torch.cat((tokens, continued)), torch.cat((parents, frontier[which]))
         scores = torch.cat((scores, children))
         kept = _best(scores, config.nodes + 1)
+        kept = kept[scores[kept] >= floor]
         gain = float(scores[kept].exp().sum()) - 1.0 - expected
         expected += gain
         fresh = kept[kept >= first_new]

@@ -147,6 +147,16 @@ def test_draft_that_is_never_right_costs_nothing_but_time(config, make_model, op
         assert result.accepted_per_round == 0 and len(result.rounds) == NEW - 1
 
 
+@pytest.mark.parametrize("floor", [0.02, 0.3, 0.99])
+def test_trees_of_a_few_nodes_or_the_root_alone_keep_the_output(floor, make_model, perturbed, make_engine, make_prompt):
+    target, prompt = make_model("gqa"), make_prompt(120)
+    config = SpecExtendConfig.specextend(tree=TreeConfig(12, 4, 0, floor), retrieval=RetrievalConfig(8, 4, 2))
+    engine = make_engine(target, perturbed(target, 0.3), config)
+    result = engine.generate(prompt, 60)
+    assert result.token_ids == engine.autoregressive(prompt, 60).token_ids
+    assert floor < 0.9 or any(one.drafted == 0 for one in result.rounds)
+
+
 @pytest.mark.parametrize("depth", [1, 3, 8])
 @pytest.mark.parametrize("config", [STANDARD, FLASH], ids=name)
 def test_draft_that_is_the_target_is_always_right(config, depth, make_model, perturbed, make_engine, make_prompt):

@@ -153,6 +153,22 @@ def test_grown_tree_holds_the_most_probable_paths(vocab, sharpness, seed, nodes,
     assert len(draft.levels) <= depth - 1, "a level was run that the stop rule forbids"
 
 
+@settings(max_examples=100)
+@given(
+    sharpness=st.sampled_from([0.1, 1.0, 3.0, 8.0]),
+    seed=st.integers(0, 10**6),
+    nodes=st.integers(1, 30),
+    max_depth=st.integers(1, 5),
+    floor=st.sampled_from([0.02, 0.1, 0.3, 0.9]),
+)
+def test_nodes_hardly_ever_reached_are_left_out_and_no_others(sharpness, seed, nodes, max_depth, floor):
+    draft = ScriptedDraft(random_table(5, sharpness, seed))
+    tree = grow_from(draft, TreeConfig(nodes, max_depth, 0, floor))
+    best, _ = straight_opt_tree(draft, TreeConfig(nodes, max_depth, 0))
+    wanted = [probability for probability in best if probability >= floor]
+    assert sorted(path_probabilities(tree, draft), reverse=True) == pytest.approx(wanted, rel=1e-9)
+
+
 @settings(max_examples=60)
 @given(vocab=st.integers(1, 5), nodes=st.integers(1, 40), max_depth=st.integers(1, 6), kind=st.integers(0, 2))
 def test_ties_never_lose_a_parent(vocab, nodes, max_depth, kind):
@@ -201,7 +217,10 @@ def test_vocabulary_smaller_than_the_tree_is_no_trouble():
     assert len(tree) == 1 + 2 + 4 + 8
 
 
-@pytest.mark.parametrize("setting", [{"nodes": 0}, {"max_depth": 0}, {"threshold": -0.1}, {"threshold": float("nan")}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"nodes": 0}, {"max_depth": 0}, {"threshold": -0.1}, {"threshold": float("nan")}, {"min_probability": 1.0}],
+)
 def test_tree_settings_out_of_range_are_refused(setting):
     (name,) = setting
     with pytest.raises(ConfigError, match=name):
