@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 
 STANDARD, SPECEXTEND = "standard", "specextend"
-RUN = ["folder", "model", "dtype", "device", "hardware", "tree", "max_gen_len"]
+RUN = ["folder", "model", "draft", "dtype", "device", "hardware", "tree", "max_gen_len"]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
     "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
@@ -33,7 +33,7 @@ def main() -> None:
     args = parse_args()
     figures = read_results(args.results)
     if figures.empty:
-        sys.exit(f"no per-length files of eval_classic.py under {args.results}")
+        sys.exit(f"no per-length files of eval_classic.py or eval_eagle.py under {args.results}")
     report = args.results / "REPORT.md"
     report.write_text(full_report(figures), encoding="utf-8")
     written = [str(report)]
@@ -82,13 +82,20 @@ def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
         "temperature": setting["sampling"]["temperature"],
         "method": setting["method"],
         "model": setting["model"],
+        "draft": setting["draft"],
         "dtype": setting["dtype"],
         "device": setting["device"],
         "hardware": hardware["gpu"] if setting["device"] == "cuda" else cpu,
-        "tree": f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}",
+        "tree": _tree(tree),
         "max_gen_len": setting["max_gen_len"],
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }
+
+
+def _tree(tree: dict[str, Any]) -> str:
+    floor = tree.get("min_probability")
+    text = f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}"
+    return f"{text}, nodes reached with at least {floor:g}" if floor else text
 
 
 def _distinct_methods(figures: pd.DataFrame) -> pd.Series:
@@ -105,7 +112,8 @@ def runs_of(figures: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
 
 
 def title_of(run: pd.Series) -> str:
-    return f"{run['model']}, {run['dtype']}, {run['hardware']}; tree: {run['tree']}; {run['max_gen_len']} new tokens"
+    models = f"{run['model']} with {run['draft']}, {run['dtype']}, {run['hardware']}"
+    return f"{models}; tree: {run['tree']}; {run['max_gen_len']} new tokens"
 
 
 def pivot(rows: pd.DataFrame, figure: str) -> pd.DataFrame:
@@ -194,28 +202,39 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def short_report(figures: pd.DataFrame) -> str:
-    parts = []
-    for run, measured in runs_of(figures):
-        both = measured[measured["method"].isin([STANDARD, SPECEXTEND])]
-        if both["method"].nunique() < 2:
-            continue
-        parts += [f"**{title_of(run)}**", short_table(both)]
-    parts.append(f"{LEGEND} All figures: [results/REPORT.md](results/REPORT.md).")
+    """Two tables, prompts by run, each cell standard and SpecExtend; then what the runs are."""
+    compared = pd.concat(
+        [rows for _, rows in runs_of(figures) if {STANDARD, SPECEXTEND} <= set(rows["method"])] or [figures[:0]]
+    )
+    compared = compared[compared["method"].isin([STANDARD, SPECEXTEND])]
+    runs = {
+        f"- `{Path(run['folder']).name}`: {title_of(run)}, {rows['samples'].min()} to {rows['samples'].max()} prompts "
+        f"per length"
+        for run, rows in runs_of(compared)
+    }
+    parts = [
+        "Draft tokens accepted per round, standard → SpecExtend:",
+        arrows(compared, "avg_accept_length"),
+        "Decode speed over autoregressive decoding, standard → SpecExtend:",
+        arrows(compared, "speedup_decode"),
+        "\n".join(sorted(runs)),
+        f"{LEGEND} Every figure: [results/REPORT.md](results/REPORT.md).",
+    ]
     return "\n\n".join(parts)
 
 
-def short_table(rows: pd.DataFrame) -> str:
-    """One line per data set, temperature and length."""
-    tables = []
-    for (data, temperature), measured in rows.groupby(["data", "temperature"], sort=False):
-        columns = {
-            **both("accepted", pivot(measured, "avg_accept_length")),
-            **both("decode speed-up", pivot(measured, "speedup_decode")),
-            "equal: SpecExtend": equal(measured, SPECEXTEND),
-        }
-        table = pd.DataFrame(columns)
-        tables.append(table.set_index(f"{data}, temperature {temperature:g}, " + table.index))
-    return markdown(pd.concat(tables).rename_axis("prompts"))
+def arrows(rows: pd.DataFrame, figure: str) -> str:
+    """A table of a figure: one line per data set and length, one column per run and temperature."""
+    columns = {}
+    for (folder, temperature), measured in rows.groupby(["folder", "temperature"], sort=True):
+        lines = {}
+        for data, group in measured.groupby("data", sort=True):
+            table = pivot(group, figure)
+            for length, standard, ours in zip(table.index, table[STANDARD], table[SPECEXTEND], strict=True):
+                lines[f"{data}, {length}"] = f"{standard:.2f} → {ours:.2f}".replace("nan", "–")
+        columns[f"{Path(folder).name}, temperature {temperature:g}"] = pd.Series(lines)
+    order = list(dict.fromkeys(line for column in columns.values() for line in column.index))
+    return markdown(pd.DataFrame(columns).reindex(order).rename_axis("prompts"))
 
 
 def fill_readme(readme: Path, text: str) -> None:

@@ -48,7 +48,7 @@ def main() -> None:
     args = parse_args()
     figures = read_results(args.results)
     if figures.empty:
-        sys.exit(f"no per-length files of eval_classic.py under {args.results}")
+        sys.exit(f"no per-length files of eval_classic.py or eval_eagle.py under {args.results}")
     plt.rcParams.update(LAYOUT)
     folder = args.output or args.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)

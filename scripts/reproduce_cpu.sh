@@ -33,4 +33,5 @@ for set in govreport pg19; do
 done
 "$python" scripts/measure_prefill_memory.py --use_specextend
 "$python" scripts/make_tables.py --readme README.md
+"$python" scripts/check_goals.py
 "$python" scripts/plot_results.py

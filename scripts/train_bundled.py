@@ -30,7 +30,6 @@ from training.corpus import Encoded, encode, hold_out, read_documents, read_hub,
 from training.facts import make_facts
 from training.generation import write_rows
 from training.heads import frequent_tokens, head_agreement, head_objective, new_head
-from training.initial import start_from_target
 from training.models import CACHED, draft_config, load_model, new_model, save_model, target_config
 from training.objectives import draft_objective, target_objective, validation_agreement, validation_loss
 from training.record import Record, environment
@@ -182,10 +181,6 @@ def train_draft(run: Run) -> None:
     run.record.update("draft", written_rows=len(written))
     target = load_model(run.folder_of("target"), run.device)
     draft = new_model(draft_config(settings), run.device, settings.seed)
-    if settings.draft_start:
-        draft.load_state_dict(load_model(Path(settings.draft_start), run.device).state_dict())
-    elif settings.draft_source_layers:
-        start_from_target(draft, target, [int(layer) for layer in settings.draft_source_layers.split(",")])
     windows = run.windows(settings.draft_context)
     task = Task(
         draw=mixed_rows(run, written, settings.seed + 2),

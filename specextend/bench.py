@@ -17,7 +17,7 @@ import statistics
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,10 +30,11 @@ from specextend.data import ALL_LENGTHS, parse_length
 from specextend.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
-    from specextend.generate import Generation
+    from specextend.generate import Generation, Round
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
+OUTPUT_BUCKET = 1024  # tokens of the output per figure by position
 NOT_COMPARED = ("environment.commit", "environment.date")  # may change between the sessions that fill one journal
 
 
@@ -94,6 +95,37 @@ def _output_of(*command: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """The rounds that began within one `OUTPUT_BUCKET` of the output: the context grows while they run."""
+
+    rounds: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def with_round(self, one: Round) -> Stretch:
+        seconds = sum(one.seconds.values())
+        return Stretch(
+            self.rounds + 1, self.accepted + one.accepted, self.tokens + len(one.tokens), self.seconds + seconds
+        )
+
+    def __add__(self, other: Stretch) -> Stretch:
+        return Stretch(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def stretches_of(generation: Generation) -> list[Stretch]:
+    """A generation's rounds by position in the output, bucket after bucket."""
+    stretches: list[Stretch] = []
+    written = 1  # the prefill's token
+    for one in generation.rounds:
+        while len(stretches) <= written // OUTPUT_BUCKET:
+            stretches.append(Stretch())
+        stretches[-1] = stretches[-1].with_round(one)
+        written += len(one.tokens)
+    return stretches
+
+
+@dataclass(frozen=True)
 class Timing:
     """What one generation cost: seconds by part, rates, memory, and the hash of its token ids."""
 
@@ -108,6 +140,7 @@ class Timing:
     decode_tokens_per_s: float
     peak_bytes: int | None
     sha256: str
+    by_output: list[Stretch] = field(default_factory=list)
 
     @classmethod
     def of(cls, generation: Generation) -> Timing:
@@ -123,7 +156,12 @@ class Timing:
             decode_tokens_per_s=generation.decode_tokens_per_s,
             peak_bytes=generation.peak_bytes,
             sha256=hash_tokens(generation.token_ids),
+            by_output=stretches_of(generation),
         )
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Timing:
+        return cls(**entry | {"by_output": [Stretch(**stretch) for stretch in entry.get("by_output", [])]})
 
 
 @dataclass(frozen=True)
@@ -138,6 +176,7 @@ class SampleRecord:
         accepted, drafted: draft tokens per round, the bonus token excluded.
         first_difference: index of the first new token that differs from the autoregressive one; None when all agree.
         commit: `environment()["commit"]` of the process that measured.
+        answered_right: whether the answer is the prompt's own; None where nobody asked, or the model cannot answer.
     """
 
     bucket: str
@@ -154,6 +193,7 @@ class SampleRecord:
     method: Timing
     autoregressive: Timing
     commit: dict[str, Any] | None
+    answered_right: bool | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -169,7 +209,7 @@ class SampleRecord:
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> SampleRecord:
         fields = {name: value for name, value in entry.items() if name != "equal_to_autoregressive"}
-        timings = {name: Timing(**fields.pop(name)) for name in ("method", "autoregressive")}
+        timings = {name: Timing.from_json(fields.pop(name)) for name in ("method", "autoregressive")}
         return cls(**fields, **timings)
 
 
@@ -335,7 +375,33 @@ def _aggregate_bucket(records: list[SampleRecord]) -> dict[str, Any]:
             "decode_tokens_per_sec": _spread(samples, lambda runs: _decode_tokens_per_s([run.method for run in runs])),
             "speedup_decode": _spread(samples, _speedup_decode),
         },
+        "answered_right": _mean(record.answered_right for record in records),
+        "by_output_position": _by_output_position(records),
     }
+
+
+def _by_output_position(records: list[SampleRecord]) -> dict[str, dict[str, Any]]:
+    """Figures by position in the output: "0-1K", "1K-2K", ..."""
+    figures = {}
+    for bucket in range(max((len(record.method.by_output) for record in records), default=0)):
+        method, baseline = (
+            sum((timing.by_output[bucket] for timing in timings if bucket < len(timing.by_output)), Stretch())
+            for timings in ([record.method for record in records], [record.autoregressive for record in records])
+        )
+        rate, baseline_rate = (_ratio(stretch.tokens, stretch.seconds) for stretch in (method, baseline))
+        figures[f"{_in_k(bucket)}-{_in_k(bucket + 1)}"] = {
+            "runs": sum(bucket < len(record.method.by_output) for record in records),
+            "avg_accept_length": _ratio(method.accepted, method.rounds),
+            "tokens_per_round": _ratio(method.tokens, method.rounds),
+            "decode_tokens_per_sec": rate,
+            "autoregressive_decode_tokens_per_sec": baseline_rate,
+            "speedup_decode": _ratio(rate, baseline_rate),
+        }
+    return figures
+
+
+def _in_k(bucket: int) -> str:
+    return f"{bucket * OUTPUT_BUCKET // 1024}K" if bucket else "0"
 
 
 def _accepted_per_round(records: list[SampleRecord]) -> float | None:

@@ -75,14 +75,15 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    _add(group, "--temperature", float, "0 is greedy, and the default")
     group.add_argument("--top_p", type=float, default=1.0, help="nucleus mass, 1 is off")
     group.add_argument("--top_k", type=int, default=0, help="most probable tokens to choose from, 0 is off")
     group.add_argument("--seed", type=int, default=0, help="of the sampling noise")
 
 
-def sampling_from(args: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(args.temperature, args.top_p, args.top_k, args.seed)
+def sampling_from(args: argparse.Namespace, temperature: float = 0.0) -> SamplingConfig:
+    """The sampling the flags ask for; `temperature` is the default where no flag gives one."""
+    return SamplingConfig(getattr(args, "temperature", temperature), args.top_p, args.top_k, args.seed)
 
 
 def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendConfig:

@@ -19,6 +19,12 @@ from specextend.prepare import ensure_data
 from specextend.prompts import gather_prompts
 from specextend.report import Narrator
 
+NEW_TOKENS = 256
+# Short problems, long answers (the paper's "long-form reasoning"): the context grows while generating.
+REASONING = ("aime24",)
+REASONING_TOKENS, REASONING_TEMPERATURE = 32 * 1024, 0.5
+PROBLEM_TOKENS = 1024  # left for the problem where a model holds less
+
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
@@ -60,7 +66,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--samples_per_length", "-n", type=int, default=20, help="prompts per length")
     data.add_argument("--runs_per_sample", "-r", type=int, default=2, help="measurements per prompt")
     output = parser.add_argument_group("output")
-    output.add_argument("--max_gen_len", "-max", type=int, default=256, help="new tokens per generation at most")
+    output.add_argument(
+        "--max_gen_len",
+        "-max",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="new tokens per generation at most; 256, for problems to reason about 32K or what the model holds",
+    )
     output.add_argument("--output_file", type=Path, help="results/<data>_<model>_<method>.json without it")
     output.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     cli.add_method_flags(parser)
@@ -69,18 +81,22 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure the data set the flags name, each prompt beside its autoregressive decoding; print the figures."""
+    typed = getattr(args, "max_gen_len", 1)
     require_positive(
-        samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=args.max_gen_len
+        samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=typed
     )
-    sampling = cli.sampling_from(args)
     data_dir = ensure_data(args.data_dir, args.model_name)
-    plan = Plan(
-        data=data_dir.resolve().name,
-        buckets=read_buckets(data_dir, args.samples_per_length, args.lengths or ()),
-        runs_per_sample=args.runs_per_sample,
-        max_new_tokens=args.max_gen_len,
-        sampling=sampling,
-    )
+    buckets = read_buckets(data_dir, args.samples_per_length, args.lengths or ())
+    reasoning = data_dir.resolve().name in REASONING
+    sampling = cli.sampling_from(args, REASONING_TEMPERATURE if reasoning else 0.0)
     models = load()
     engine = SpecExtend(models, cli.config_from(args, models))
+    new_tokens = min(REASONING_TOKENS, engine.fits(PROBLEM_TOKENS)) if reasoning else NEW_TOKENS
+    plan = Plan(
+        data=data_dir.resolve().name,
+        buckets=buckets,
+        runs_per_sample=args.runs_per_sample,
+        max_new_tokens=getattr(args, "max_gen_len", new_tokens),
+        sampling=sampling,
+    )
     print(json.dumps(evaluate(engine, plan, args.output_file, fresh=args.fresh)))

@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specextend.answers import is_right
 from specextend.bench import (
+    OUTPUT_BUCKET,
     ROOT,
     Journal,
     SampleRecord,
@@ -191,6 +193,8 @@ def evaluate(
             write_json(output_file, per_length(journal))
     report = per_length(journal)
     console.print(results_table(report))
+    if plan.max_new_tokens > OUTPUT_BUCKET:
+        console.print(output_table(report))
     return summarize(report, output_file, journal.path)
 
 
@@ -274,7 +278,14 @@ class Meter:
             method=Timing.of(method),
             autoregressive=Timing.of(baseline),
             commit=self.commit,
+            answered_right=self._is_right(method.text, task.prompt),
         )
+
+    def _is_right(self, text: str, prompt: Prompt) -> bool | None:
+        """The bundled model knows nothing: its hits would be luck, and are not counted."""
+        if "answer" not in prompt.extra or self.engine.models.name == "bundled":
+            return None
+        return is_right(text, str(prompt.extra["answer"]))
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[Tensor, bool]:
         """[N] prompt ids that leave room for the new tokens, and whether the middle had to go for it."""
@@ -330,6 +341,27 @@ def results_table(report: dict[str, Any]) -> Table:
             format_figure(figures["speedup_decode"]),
             f"{figures['equal_to_autoregressive']}/{figures['samples']}",
         )
+    return table
+
+
+def output_table(report: dict[str, Any]) -> Table:
+    """The figures by position in the output, for long answers."""
+    table = Table(title="by position in the output: the context grows while it is written")
+    headings = ("accepted", "tokens/round", "decode tok/s AR", "decode tok/s", "speedup decode", "runs")
+    for heading in ("length", "output tokens", *headings):
+        table.add_column(heading, justify="right")
+    for length, by_length in _lengths(report):
+        for stretch, figures in by_length["by_output_position"].items():
+            table.add_row(
+                length,
+                stretch,
+                format_figure(figures["avg_accept_length"]),
+                format_figure(figures["tokens_per_round"]),
+                format_figure(figures["autoregressive_decode_tokens_per_sec"], 1),
+                format_figure(figures["decode_tokens_per_sec"], 1),
+                format_figure(figures["speedup_decode"]),
+                str(figures["runs"]),
+            )
     return table
 
 

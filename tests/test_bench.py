@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from specextend.bench import (
     ROOT,
     Journal,
     SampleRecord,
+    Stretch,
     Timing,
     aggregate,
     environment,
     first_difference,
     hash_tokens,
+    stretches_of,
     write_json,
 )
 from specextend.config import SpecExtendConfig
@@ -112,6 +115,34 @@ def test_timing_sums_stages_over_rounds():
     assert found.stages_s == {"draft": 1.0, "verify": 0.25, "retrieve": 1.0}
     assert (found.ttft_s, found.decode_s, found.total_s) == (3.0, 2.25, 5.25)
     assert found.sha256 == hash_tokens([0, 1, 2, 3]) != hash_tokens([0, 1, 2, 4])
+
+
+def test_rounds_are_summed_by_their_position_in_the_output():
+    long = [Round([0] * 500, 50, 499, {"verify": 1.0}) for _ in range(5)]  # begin at 1, 501, 1001, 1501, 2001
+    generation = Generation(9, [0] * 2501, "", "length", long, {})
+    assert stretches_of(generation) == [Stretch(3, 1497, 1500, 3.0), Stretch(2, 998, 1000, 2.0)]
+    leap = [Round([0] * 3000, 1, 1, {}), Round([0], 1, 0, {})]
+    assert stretches_of(Generation(9, [0] * 3002, "", "length", leap, {})) == [
+        Stretch(1, 1, 3000, 0.0), Stretch(), Stretch(1, 0, 1, 0.0)
+    ]  # fmt: skip
+
+
+def test_figures_by_output_position_are_ratios_of_totals():
+    fast = replace(timing(2000, 1.0, 3.0), by_output=[Stretch(10, 30, 40, 2.0), Stretch(5, 5, 10, 1.0)])
+    short = replace(timing(900, 1.0, 2.0), by_output=[Stretch(10, 10, 20, 2.0)])
+    slow = replace(timing(2000, 1.0, 9.0), by_output=[Stretch(50, 0, 50, 10.0), Stretch(20, 0, 20, 10.0)])
+    records = [record(method=fast, autoregressive=slow), record(sample=1, method=short, autoregressive=slow)]
+    figures = aggregate(records)["1K"]["by_output_position"]
+    assert list(figures) == ["0-1K", "1K-2K"] and figures["1K-2K"]["runs"] == 1
+    assert figures["0-1K"]["avg_accept_length"] == 2 and figures["0-1K"]["tokens_per_round"] == 3
+    assert figures["0-1K"]["decode_tokens_per_sec"] == 15 and figures["0-1K"]["speedup_decode"] == 3
+    assert figures["1K-2K"]["autoregressive_decode_tokens_per_sec"] == 2
+
+
+def test_share_of_right_answers_counts_those_who_were_asked():
+    records = [record(sample=i, answered_right=right) for i, right in enumerate((True, False, False, None))]
+    assert aggregate(records)["1K"]["answered_right"] == pytest.approx(1 / 3)
+    assert aggregate([record()])["1K"]["answered_right"] is None
 
 
 def test_record_survives_json_and_fits_the_schema():
@@ -319,7 +350,7 @@ def test_tables_put_standard_and_specextend_side_by_side(results, tmp_path):
 
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- results:end -->\nafter\n") and "stale" not in text
-    assert "| govreport, temperature 0, 16K | 2.00 | 3.00 | 1.50 |" in text
+    assert re.search(r"^\| govreport, 16K \| 2\.00 → 3\.00 \| 2\.00 → 3\.00 \|$", text, re.M)
     run_script("make_tables.py", "--results", results, "--readme", readme)
     assert readme.read_text() == text
 
@@ -338,6 +369,24 @@ def test_tables_name_the_file_where_two_share_a_method(tmp_path):
     write_results(tmp_path / "b.json", "specextend", 2.0)
     assert run_script("make_tables.py", "--results", tmp_path).returncode == 0
     assert "specextend (b.json)" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_goals_are_listed_whether_met_or_not(tmp_path):
+    folder = tmp_path / "cpu" / "paper_tree_greedy"
+    for method, accepted in (("standard", 2.0), ("specextend", 3.0)):
+        write_results(folder / f"govreport_{method}.json", method, accepted)
+    memory = {"prompt_tokens": 16000, "peak_over_count": 1.3}
+    (tmp_path / "cpu" / "prefill_memory.json").write_text(json.dumps(memory))
+    done = run_script("check_goals.py", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "GOALS.md").read_text().splitlines()
+    ratio = "| accepted, SpecExtend over standard | govreport, temperature 0, paper's tree,"
+    assert f"{ratio} 512 | at least 1.00 | 1.50 | yes |" in lines
+    assert f"{ratio} 16K | at least 1.90 | 1.50 | **no** |" in lines
+    assert any("peak memory" in line and "at most 1.20 | 1.30 | **no**" in line for line in lines)
+    counts = json.loads(done.stdout)
+    assert counts["goals"] == sum("| at " in line for line in lines) and counts["met"] < counts["goals"]
+    assert run_script("check_goals.py", "--results", tmp_path / "nowhere").returncode != 0
 
 
 def test_tables_say_what_is_missing(results, tmp_path):

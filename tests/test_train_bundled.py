@@ -19,12 +19,10 @@ from training import measure  # noqa: E402
 from training.corpus import BOS_ID, EOS_ID, encode, hold_out, read_documents, train_tokenizer  # noqa: E402
 from training.facts import make_facts  # noqa: E402
 from training.generation import continue_prompts, ends_in_loop, repeated_share  # noqa: E402
-from training.initial import start_from_target  # noqa: E402
 from training.models import (  # noqa: E402
     CACHED,
     CAUSAL,
     causal_attention,
-    draft_config,
     load_model,
     new_model,
     save_model,
@@ -40,7 +38,6 @@ CPU = torch.device("cpu")
 TINY = {
     "vocab_size": 400, "validation_tokens": 6000, "num_facts": 50, "target_hidden": 32, "target_layers": 2,
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
-    "draft_source_layers": "1",
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
     "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
     "draft_seconds": 0.7, "eagle1_seconds": 0.7, "eagle3_seconds": 0.7, "eagle_batch": 4, "eagle_vocab": 200,
@@ -272,16 +269,3 @@ def test_a_model_agrees_with_itself_everywhere() -> None:
     assert list(figures) == ["0-128", "256", "512"]
     for figure in figures.values():
         assert figure["same_argmax"] == 1 and figure["overlap_draft_at_0.8"] == pytest.approx(1, abs=1e-4)
-
-
-def test_draft_starts_as_a_projection_of_its_target() -> None:
-    """With the target's own width, heads and neurons the projection changes nothing but the basis."""
-    settings = Settings(**TINY | {"draft_hidden": 32, "draft_layers": 2, "draft_heads": 2, "draft_ffn": 48})
-    target, draft = new_model(target_config(settings), CPU, seed=0), new_model(draft_config(settings), CPU, seed=1)
-    draft.model.rotary_emb = target.model.rotary_emb
-    tokens = torch.randint(3, 400, (2, 40))
-    before = draft(tokens, use_cache=False).logits
-    start_from_target(draft, target, [0, 1])
-    wanted = target(tokens, use_cache=False).logits
-    torch.testing.assert_close(draft(tokens, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
-    assert (before - wanted).abs().max() > 1e-2

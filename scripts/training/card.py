@@ -7,7 +7,7 @@ license: apache-2.0
 language: en
 pipeline_tag: text-generation
 ---
-# The bundled pair
+# The bundled models
 
 Two small Llama models for trying out long-input speculative decoding where nothing can be downloaded: a target that
 reads up to {long_context:,} tokens, and a draft distilled from it that has only ever seen {draft_context:,}. Both load
@@ -22,7 +22,8 @@ Vocabulary {vocab_size:,}; tied embeddings; RoPE base 10,000, the target's scale
 {documents:,} documents, {megabytes:.1f} MB, {tokens:,} training tokens ({characters_per_token:.2f} characters each) and
 {validation_tokens:,} held-out ones; seed {seed}. Muon for the matrices, AdamW for embeddings and norms. In some rows
 spans are repeated far away, facts are planted and asked for, and near repeats are trained against (unlikelihood).
-{start} It minimises the KL divergence to the target, {distilled_on}.
+The draft starts from random weights and minimises the KL divergence from the target at temperature
+{teacher_temperature}, {distilled_on}.
 
 {phases}
 
@@ -43,7 +44,7 @@ A span or a fact from far back, share of tokens right, by context length:
 
 {far}
 
-Greedy text of the target, {loop_prompts} prompts: {repeated_4grams:.1%} of its 4-grams repeat earlier ones,
+{heads}Greedy text of the target, {loop_prompts} prompts: {repeated_4grams:.1%} of its 4-grams repeat earlier ones,
 {ends_in_loop:.1%} of the continuations end in a loop.
 
 ## Limits
@@ -73,13 +74,13 @@ def write_card(record: dict) -> str:
         **settings | {"validation_tokens": corpus["validation_tokens"]},
         **{name: corpus[name] for name in ("documents", "megabytes", "tokens", "characters_per_token")},
         sizes=_sizes(record),
-        start=_start(settings),
         distilled_on=_distilled_on(record["draft"]["written_rows"]),
         phases=_phases(record),
         loss_by_position=_row(measured["loss_by_position"]),
         loss_by_context=_row(measured["loss_by_context"]),
         agreement=_agreement(measured),
         far=_far(measured),
+        heads=_heads(record),
         loop_prompts=looping["prompts"],
         repeated_4grams=looping["repeated_4grams"],
         ends_in_loop=looping["ends_in_loop"],
@@ -96,15 +97,6 @@ def _sizes(record: dict) -> str:
     return "\n".join(lines)
 
 
-def _start(settings: dict) -> str:
-    layers = settings["draft_source_layers"]
-    return (
-        f"The draft starts from a projection of the target's layers {layers} (counted from 0)."
-        if layers
-        else "The draft starts from random weights."
-    )
-
-
 def _distilled_on(written_rows: int) -> str:
     if not written_rows:
         return "on text of the corpus"
@@ -114,10 +106,11 @@ def _distilled_on(written_rows: int) -> str:
 def _phases(record: dict) -> str:
     columns = ("model", "context", "batch", "steps", "M tokens", "seconds", "tokens/s", "device", "torch")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for model in ("target", "draft"):
+    for model in ("target", "draft", "eagle1", "eagle3"):
+        if not record.get(model, {}).get("finished"):
+            continue
         environment = record[model]["environment"]
-        trainings = [record[model].get("earlier_training", {"phases": {}}), record[model]["training"]]
-        for phase in (phase for training in trainings for phase in training["phases"].values()):
+        for phase in record[model]["training"]["phases"].values():
             shape = f"{model} | {phase['context']:,} | {phase['batch']}"
             work = f"{phase['steps']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
             place = f"{environment['device']} | {environment['torch']}"
@@ -151,6 +144,30 @@ def _far(measured: dict) -> str:
         for model, figures in measured[task].items():
             lines.append(f"| {task} | {model} | " + " | ".join(f"{figures[n]:.3f}" for n in lengths) + " |")
     return "\n".join(lines)
+
+
+def _heads(record: dict) -> str:
+    """The EAGLE heads that were trained, a paragraph that ends with an empty line; nothing where there are none."""
+    trained = [kind for kind in ("eagle1", "eagle3") if record.get(kind, {}).get("finished")]
+    if not trained:
+        return ""
+    steps = range(1, record["settings"]["eagle_steps"] + 1)
+    lines = [
+        "EAGLE heads of the target (`eagle1/`, `eagle3/`; draft vocabulary of EAGLE-3: "
+        f"{record['settings']['eagle_vocab']:,} tokens), trained on contexts of up to "
+        f"{record['settings']['draft_context']:,} tokens. Same argmax as the target on held-out text, at step k from "
+        "k - 1 of the head's own states:",
+        "",
+        "| head | parameters | M tokens | seconds | " + " | ".join(f"step {step}" for step in steps) + " |",
+        "|---" * (4 + len(steps)) + "|",
+    ]
+    for kind in trained:
+        (phase,) = record[kind]["training"]["phases"].values()
+        last = record[kind]["training"]["validation"][-1]
+        shares = " | ".join(f"{last[f'same_argmax_{step}']:.3f}" for step in steps)
+        cost = f"{record[kind]['parameters']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
+        lines.append(f"| {kind} | {cost} | {shares} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def _data(corpus: dict) -> str:

@@ -39,9 +39,6 @@ class Settings:
     draft_layers: int = 2
     draft_heads: int = 4
     draft_ffn: int = 704
-    draft_source_layers: str = ""  # of the target, whose weights the draft's layers start from; "" starts at random
-
-    draft_start: str = ""  # folder of a draft to train further, instead
 
     short_context: int = 2048
     short_batch: int = 64

@@ -1,0 +1,132 @@
+"""The figures this project set itself, against what the records say: results/GOALS.md.
+
+    python scripts/check_goals.py
+
+A goal is a figure of one data set and temperature that must reach a bound; every one is listed, met or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from make_tables import SPECEXTEND, STANDARD, markdown, pivot, read_results
+
+SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
+HEADS = ("eagle1", "eagle3")
+INTRODUCTION = """# Goals
+
+Written by `scripts/check_goals.py` from the records under `results/`; do not edit. Accepted: draft tokens per round,
+the bonus token excluded. Decode: after the first token, against our own autoregressive loop in the same process."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure and the least it must be (with `at_most`, the most)."""
+
+    name: str
+    where: str
+    wanted: float
+    found: float
+    at_most: bool = False
+
+    @property
+    def is_met(self) -> bool:
+        return self.found <= self.wanted if self.at_most else self.found >= self.wanted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
+    results = parser.parse_args().results
+    figures = read_results(results)
+    if figures.empty:
+        sys.exit(f"no per-length files under {results}")
+    goals = [*pair_goals(figures), *head_goals(figures), *memory_goals(results)]
+    goals = [goal for goal in goals if not pd.isna(goal.found)]
+    (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
+    print(json.dumps({"goals": len(goals), "met": sum(goal.is_met for goal in goals)}))
+
+
+def report(goals: list[Goal]) -> str:
+    rows = {
+        "where": [goal.where for goal in goals],
+        "wanted": [f"{'at most' if goal.at_most else 'at least'} {goal.wanted:.2f}" for goal in goals],
+        "found": [f"{goal.found:.2f}" for goal in goals],
+        "met": ["yes" if goal.is_met else "**no**" for goal in goals],
+    }
+    table = markdown(pd.DataFrame(rows, index=pd.Index([goal.name for goal in goals], name="goal")))
+    met = sum(goal.is_met for goal in goals)
+    return f"{INTRODUCTION}\n\n{met} of {len(goals)} are met.\n\n{table}\n"
+
+
+def pair_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+    """The bundled pair: acceptance with the paper's tree, speed with that and with the tree for a CPU."""
+    for folder in ("cpu/paper_tree_greedy", "cpu/paper_tree_t0.8", "cpu/cpu_tree"):
+        for where, rows in measured(figures, folder):
+            accepted, decode = pivot(rows, "avg_accept_length"), pivot(rows, "speedup_decode")
+            if folder != "cpu/cpu_tree":
+                ratio = accepted[SPECEXTEND] / accepted[STANDARD]
+                for length in ratio.index:
+                    bound = 1.0 if length in SHORT else 1.9
+                    yield Goal("accepted, SpecExtend over standard", f"{where}, {length}", bound, ratio[length])
+                yield Goal("accepted, SpecExtend at 16K over 1K", where, 0.8, at(accepted, "16K") / at(accepted, "1K"))
+            for length in decode.index.intersection(FAR):
+                faster = decode[SPECEXTEND][length] / decode[STANDARD][length]
+                yield Goal("decode speed, SpecExtend over standard", f"{where}, {length}", 1.0, faster)
+            if folder == "cpu/cpu_tree":
+                for length, bound in (("4K", 1.5), ("16K", 2.0)):
+                    yield Goal("decode speed, SpecExtend over AR", f"{where}, {length}", bound, at(decode, length))
+
+
+def head_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+    """The EAGLE heads with the paper's tree, greedy."""
+    classic = {where: rows for where, rows in measured(figures, "cpu/paper_tree_greedy")}
+    at_1k: dict[tuple[str, str], float] = {}
+    for head in HEADS:
+        for where, rows in measured(figures, f"cpu/{head}"):
+            accepted = pivot(rows, "avg_accept_length")
+            ratio = accepted[SPECEXTEND] / accepted[STANDARD]
+            at_1k[head, where] = at(accepted, "1K")
+            for length in accepted.index.intersection(("4K", "8K", "16K")):
+                kept = accepted[SPECEXTEND][length] / at(accepted, "1K")
+                yield Goal(f"{head}: accepted, SpecExtend over its own at 1K", f"{where}, {length}", 0.8, kept)
+            for length, bound in (("4K", 1.2), ("16K", 1.7)):
+                found = ratio.get(length, float("nan"))
+                yield Goal(f"{head}: accepted, SpecExtend over standard", f"{where}, {length}", bound, found)
+            if where in classic:
+                found = at(accepted, "1K") / at(pivot(classic[where], "avg_accept_length"), "1K")
+                yield Goal(f"{head}: accepted at 1K over the small LM's", where, 1.0, found)
+    for where in dict.fromkeys(where for _, where in at_1k):
+        found = at_1k.get(("eagle3", where), float("nan")) / at_1k.get(("eagle1", where), float("nan"))
+        yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
+
+
+def memory_goals(results: Path) -> Iterator[Goal]:
+    for path in sorted(results.rglob("prefill_memory.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        where = f"{record['prompt_tokens']:,} tokens, {path.parent.name}"
+        yield Goal("prefill's peak memory over the bytes counted", where, 1.2, record["peak_over_count"], at_most=True)
+
+
+def measured(figures: pd.DataFrame, folder: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Data sets and temperatures measured by both methods in a folder."""
+    rows = figures[(figures["folder"] == folder) & figures["method"].isin([STANDARD, SPECEXTEND])]
+    for (data, temperature), group in rows.groupby(["data", "temperature"], sort=False):
+        if group["method"].nunique() == 2:
+            tree = "CPU tree" if folder.endswith("cpu_tree") else "paper's tree"
+            yield f"{data}, temperature {temperature:g}, {tree}", group
+
+
+def at(table: pd.DataFrame, length: str) -> float:
+    """SpecExtend's figure at a length, NaN where there is none."""
+    return float(table[SPECEXTEND].get(length, float("nan")))
+
+
+if __name__ == "__main__":
+    main()
