@@ -98,7 +98,8 @@ def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendCon
     }
     return replace(
         base,
-        **_given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
+        **{"draft_window": models.preset.draft_window}
+        | _given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
         tree=replace(default_tree(models), **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
         retrieval=replace(models.preset.retrieval, **_given(args, retrieval)),
     )
