@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import eagle
+from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data import builtin_text
 from specextend.models import BUNDLED_DIR
@@ -91,3 +93,36 @@ def test_bundled_text_round_trips_and_streams(bundled_engine):
     prompt = builtin_text()[:2000]
     pieces = list(bundled_engine.stream(prompt, NEW))
     assert "".join(pieces) == bundled_engine.generate(prompt, NEW).text != ""
+
+
+# ---- the EAGLE heads
+
+
+@pytest.fixture(scope="module", params=["eagle1", "eagle3"])
+def head_engine(request) -> SpecExtend:
+    return SpecExtend(eagle.load_models("bundled", head=request.param, device="cpu"))
+
+
+@pytest.mark.parametrize("config", [STANDARD, SPECEXTEND], ids=["standard", "specextend"])
+def test_bundled_heads_are_lossless(config, head_engine, alone, document):
+    engine = head_engine.with_config(config)
+    for length, tokens in alone.items():
+        assert engine.generate(document[:length], NEW).token_ids == tokens
+
+
+def test_bundled_heads_are_of_use_and_retrieval_keeps_them_so(head_engine, document):
+    short = head_engine.with_config(SPECEXTEND).generate(document[:400], NEW)
+    long = head_engine.with_config(SPECEXTEND).generate(document, NEW)
+    collapsed = head_engine.with_config(STANDARD).generate(document, NEW)
+    assert short.accepted_per_round > 1 and long.accepted_per_round > collapsed.accepted_per_round
+
+
+def test_bundled_draft_vocabulary_is_used(head_engine):
+    head = head_engine.models.draft
+    if head.target_ids is not None:
+        assert len(head.target_ids) == 4096 and bool((head.target_ids.diff() > 0).all())
+        assert head_engine.models.draft_id == "bundled/eagle3"
+
+
+def test_default_head_of_the_bundled_target_is_eagle3():
+    assert eagle.load_models("bundled", device="cpu").draft_id == "bundled/eagle3"

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specextend import cli
+from specextend import cli, entry
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import SpecExtendError
 from specextend.generate import Generation, Output, Round
@@ -92,6 +92,30 @@ def test_every_switch_changes_its_own_field(flags, field, value):
 def test_every_parameter_of_the_reference_has_its_flag(flag, part, field):
     expected = {**vars(getattr(config_of(), part)), field: 7}
     assert vars(getattr(config_of(flag, "7"), part)) == expected
+
+
+def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_otherwise(tmp_path, monkeypatch):
+    problems = tmp_path / "aime24"
+    problems.mkdir()
+    (problems / "aime24.jsonl").write_text('{"id": 0, "problem": "What is 1 + 1?", "answer": "2"}\n')
+    plans = []
+    monkeypatch.setattr(entry, "evaluate", lambda engine, plan, *_, **__: plans.append(plan) or {})
+    monkeypatch.setattr(entry, "SpecExtend", lambda *_: SimpleNamespace(fits=lambda tokens: 5000 - tokens))
+    preset = Preset("tiny", "tiny", None)
+
+    def plan_of(*flags: str):
+        parser = cli.parser("test")
+        entry.add_eval_flags(parser)
+        cli.add_model_flags(parser)
+        args = parser.parse_args(["--data_dir", str(problems), *flags])
+        entry.measure(args, lambda: SimpleNamespace(preset=preset, device=torch.device("cpu")))
+        return plans[-1]
+
+    plan = plan_of()
+    assert list(plan.buckets) == ["all"] and plan.buckets["all"][0].extra["answer"] == "2"
+    assert (plan.max_new_tokens, plan.sampling.temperature) == (5000 - 1024, 0.5)
+    plan = plan_of("-max", "64", "--temperature", "0")
+    assert (plan.max_new_tokens, plan.sampling.temperature) == (64, 0)
 
 
 def test_tree_of_the_preset_holds_on_a_cpu_unless_a_flag_says_otherwise():

@@ -1,6 +1,7 @@
 """The training script of the bundled pair, end to end on tiny models, and the parts whose mistakes would be silent."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,9 @@ from training.objectives import loop_avoiding_loss, target_objective  # noqa: E4
 from training.rows import LOOPED, PLAIN, SILENT, Mix, Row, RowSource  # noqa: E402
 from training.settings import Settings  # noqa: E402
 from training.trainer import Phase, Task, Trainer  # noqa: E402
+
+from eagle.weights import load_head  # noqa: E402
+from specextend.models import load_models  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = {
@@ -76,9 +80,10 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pair")
-    done = run_script("--corpus", corpus, "--out", out)
+    done = run_script("--corpus", corpus, "--out", out, "--what", "pair", "eagle1", "eagle3")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["finished"] == ["tokenizer", "target", "draft", "measure"]
+    stages = ["tokenizer", "target", "draft", "measure", "eagle1", "eagle3"]
+    assert json.loads(done.stdout.splitlines()[-1])["finished"] == stages
     return out
 
 
@@ -104,6 +109,29 @@ def test_record_and_card_hold_every_measurement(trained: Path) -> None:
     assert last["loss"] < np.log(TINY["vocab_size"]) and last["step"] > first["step"]
     card = (trained / "README.md").read_text()
     assert "someone/somewhere" in card and "Apache-2.0" in card and "{" not in card
+    assert "| eagle1 |" in card and "| eagle3 |" in card
+
+
+def test_trained_heads_load_and_have_learned(trained: Path) -> None:
+    target = load_models(str(trained / "target"), draft=str(trained / "draft"), device="cpu").target
+    record = json.loads((trained / "training_record.json").read_text())
+    for kind in ("eagle1", "eagle3"):
+        head = load_head(trained / kind, target, kind)
+        assert (head.target_ids is None) == (kind == "eagle1")
+        validation = record[kind]["training"]["validation"]
+        assert validation[-1]["same_argmax_1"] > 20 / TINY["vocab_size"]
+
+
+def test_heads_of_a_finished_target_take_its_tokenizer(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"  # as it ships: without the folder that only resuming needs
+    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("work", "eagle*"))
+    record = json.loads((out / "training_record.json").read_text())
+    del record["eagle1"], record["eagle3"]
+    (out / "training_record.json").write_text(json.dumps(record))
+    done = run_script("--corpus", corpus, "--out", out, "--what", "eagle1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokenizer taken from the target" in done.stdout and (out / "eagle1" / "model.safetensors").exists()
+    assert "eagle3" not in json.loads(done.stdout.splitlines()[-1])["finished"]
 
 
 def test_finished_stages_are_skipped_and_other_sizes_refused(trained: Path, corpus: Path, tmp_path: Path) -> None:
