@@ -73,7 +73,7 @@ def _wide_config(small: LlamaConfig, wide: LlamaConfig) -> LlamaConfig:
         rope_parameters=dict(small.rope_parameters),
         rms_norm_eps=wide_epsilon(small, wide.hidden_size),
     )  # fmt: skip
-    config._attn_implementation = wide.config._attn_implementation
+    config._attn_implementation = wide._attn_implementation
     return config
 
 

@@ -39,6 +39,11 @@ class KVCache:
         return self._buffer.shape[4]
 
     @property
+    def buffer(self) -> Tensor:
+        """Keys and values [2, L, 1, H_kv, S, D]; another one after a `reset` that needed more room."""
+        return self._buffer
+
+    @property
     def nbytes(self) -> int:
         return self._buffer.nbytes
 

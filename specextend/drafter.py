@@ -111,19 +111,19 @@ class ClassicDrafter(TreeDrafter):
     def __init__(self, model: PreTrainedModel, config: SpecExtendConfig, vocab_size: int):
         make_exact(model)
         super().__init__(model.config, model.get_decoder().rotary_emb, model.dtype, model.device, config)
-        self._model, self._vocab_size = model, vocab_size
+        self.model, self.vocab_size = model, vocab_size
         self._pending = torch.empty(0, dtype=torch.long)
 
     def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
         self._reset(len(prompt), room)
         for block in prompt.split(self._window or self._prefill_block or len(prompt)):
-            self._run(self._model.get_decoder(), block, self._attend_prompt)
+            self._run(self.model.get_decoder(), block, self._attend_prompt)
             self.cache.commit_prompt(len(block))
         self._pending = first.reshape(1)
 
     def propose(self) -> DraftTree:
         root = self._pending[-1]
-        logits = self._run(self._model, self._pending, self._attend_newest, logits_to_keep=1).logits[0]
+        logits = self._run(self.model, self._pending, self._attend_newest, logits_to_keep=1).logits[0]
         self.cache.commit(len(self._pending))
         self._pending = self._pending[:0]
         return grow(root, self._logprobs(logits), self._expand, self._tree)
@@ -133,7 +133,7 @@ class ClassicDrafter(TreeDrafter):
 
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V] after the nodes of `level`."""
-        return self._logprobs(self._run(self._model, level.tokens, self._attend_level(level)).logits[0])
+        return self._logprobs(self._run(self.model, level.tokens, self._attend_level(level)).logits[0])
 
     def _run(self, model, tokens: Tensor, attend, **options):
         return model(
@@ -145,7 +145,7 @@ class ClassicDrafter(TreeDrafter):
         )
 
     def _logprobs(self, logits: Tensor) -> Tensor:
-        return logits[:, : self._vocab_size].float().log_softmax(-1)
+        return logits[:, : self.vocab_size].float().log_softmax(-1)
 
 
 def _working_capacity(config: SpecExtendConfig) -> int | None:

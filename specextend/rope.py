@@ -32,6 +32,11 @@ class Rope:
     def rotate_pair(self, query: Tensor, key: Tensor, start: int, *, same: bool = False) -> tuple[Tensor, Tensor]:
         return self.rotate(query, start, same=same), self.rotate(key, start, same=same)
 
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [>= length, D], the sign of rotate-half folded into sin."""
+        self._reserve(length)
+        return self._cos, self._sin
+
     def _reserve(self, length: int) -> None:
         """Tabulate positions 0..length-1, [S, D] each; the sign of rotate-half is folded into sin."""
         if length <= self._cos.shape[0]:

@@ -70,9 +70,14 @@ class Target:
 
     def attention_row(self) -> Tensor:
         """Last-layer attention [N] of the newest committed token over the committed context, head mean, float32."""
-        last, layer = self._last_layer, self.model.config.num_hidden_layers - 1
-        query, lse = last.query[0, :, self._newest], last.lse[0, :, self._newest]
-        return attention_row(query, lse, self.cache.keys(layer)[0], last.scaling)
+        query, lse, scaling = self.last_queries()
+        keys = self.cache.keys(self.model.config.num_hidden_layers - 1)[0]
+        return attention_row(query[0, :, self._newest], lse[0, :, self._newest], keys, scaling)
+
+    def last_queries(self) -> tuple[Tensor, Tensor, float]:
+        """Last-layer queries [1, H, T, D], their lse [1, H, T] and the scaling, of what ran last."""
+        last = self._last_layer
+        return last.query, last.lse, last.scaling
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: _CachedAttend) -> Tensor:
         self._last_layer = attend

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 from specextend.kernels.tree_attention import Launch, Workspace, pack_mask, tree_attention  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
+if DEVICE.type == "cuda":  # the interpreter multiplies the bit patterns of bfloat16
+    TOLERANCE[torch.bfloat16] = 1.6e-2
 
 
 def random_tree(slots: int, seed: int) -> torch.Tensor:
