@@ -9,27 +9,17 @@ decoded autoregressively in the same process. Writes the per-length figures (JSO
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 from specextend import cli, entry
-from specextend.models import load_models
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
-    cli.add_model_flags(parser)
-    entry.add_eval_flags(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    entry.measure(
-        args,
-        lambda: load_models(
-            args.model_name, draft=getattr(args, "draft_model", None), dtype=args.dtype, device=args.device
-        ),
-    )
+    parser = cli.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
+    cli.add_model_flags(parser)
+    entry.add_eval_flags(parser)
+    args = parser.parse_args()
+    entry.measure(args, partial(entry.load_pair, args))
 
 
 if __name__ == "__main__":

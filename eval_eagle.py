@@ -9,35 +9,18 @@ decoded autoregressively in the same process. Writes the per-length figures (JSO
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
-from eagle import load_models
-from eagle.weights import KINDS
+from eagle.entry import add_model_flags, load_pair
 from specextend import cli, entry
 
 
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
-    cli.add_model_flags(parser)
-    parser.add_argument(
-        "--head", choices=KINDS, help="kind of head; without it the preset's, or what --draft_model holds"
-    )
-    entry.add_eval_flags(parser)
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    entry.measure(
-        args,
-        lambda: load_models(
-            args.model_name,
-            head=args.head,
-            draft=getattr(args, "draft_model", None),
-            dtype=args.dtype,
-            device=args.device,
-        ),
-    )
+    parser = cli.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
+    add_model_flags(parser)
+    entry.add_eval_flags(parser)
+    args = parser.parse_args()
+    entry.measure(args, partial(load_pair, args))
 
 
 if __name__ == "__main__":

@@ -7,27 +7,17 @@ python run_classic.py -m vicuna_7b -i prompts.jsonl --use_specextend --verbose
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 
 from specextend import cli, entry
-from specextend.models import load_models
-
-
-def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__.splitlines()[0])
-    cli.add_model_flags(parser)
-    entry.add_run_flags(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
-    args = parse_args()
-    entry.answer(
-        args,
-        lambda: load_models(
-            args.model_name, draft=getattr(args, "draft_model", None), dtype=args.dtype, device=args.device
-        ),
-    )
+    parser = cli.parser(__doc__.splitlines()[0])
+    cli.add_model_flags(parser)
+    entry.add_run_flags(parser)
+    args = parser.parse_args()
+    entry.answer(args, partial(entry.load_pair, args))
 
 
 if __name__ == "__main__":

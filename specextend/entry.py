@@ -14,7 +14,7 @@ from specextend import cli
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
 from specextend.evaluate import Plan, evaluate, read_buckets, require_positive
-from specextend.models import LoadedModels
+from specextend.models import LoadedModels, load_models
 from specextend.prepare import ensure_data
 from specextend.prompts import gather_prompts
 from specextend.report import Narrator
@@ -24,6 +24,12 @@ NEW_TOKENS = 256
 REASONING = ("aime24",)
 REASONING_TOKENS, REASONING_TEMPERATURE = 32 * 1024, 0.5
 PROBLEM_TOKENS = 1024  # left for the problem where a model holds less
+
+
+def load_pair(args: argparse.Namespace) -> LoadedModels:
+    """The target with a small language model as draft, as the flags of `cli.add_model_flags` say."""
+    draft = getattr(args, "draft_model", None)
+    return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
