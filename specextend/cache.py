@@ -100,7 +100,7 @@ class KVCache:
 class DraftCache:
     """What a draft attends to, rotated, and, where it is only a part of the context, the whole of it un-rotated.
 
-    The draft model runs with every position id 0, which leaves its keys un-rotated; they are rotated here once, when
+    The draft model runs without rotation; its keys are rotated here once, when
     they enter the working cache. So a gathered chunk gets its new place 0..m-1 without undoing an old rotation.
 
     Args:

@@ -117,35 +117,44 @@ class ClassicDrafter(TreeDrafter):
     def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
         self._reset(len(prompt), room)
         for block in prompt.split(self._window or self._prefill_block or len(prompt)):
-            self._run(self.model.get_decoder(), block, self._attend_prompt)
+            self._run(block, self._attend_prompt)
             self.cache.commit_prompt(len(block))
         self._pending = first.reshape(1)
 
     def propose(self) -> DraftTree:
         root = self._pending[-1]
-        logits = self._run(self.model, self._pending, self._attend_newest, logits_to_keep=1).logits[0]
+        hidden = self._run(self._pending, self._attend_newest)[-1:]
         self.cache.commit(len(self._pending))
         self._pending = self._pending[:0]
-        return grow(root, self._logprobs(logits), self._expand, self._tree)
+        return grow(root, self._logprobs(hidden), self._expand, self._tree)
 
     def commit(self, accepted: Accepted) -> None:
         self._pending = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
 
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V] after the nodes of `level`."""
-        return self._logprobs(self._run(self.model, level.tokens, self._attend_level(level)).logits[0])
+        return self._logprobs(self._run(level.tokens, self._attend_level(level)))
 
-    def _run(self, model, tokens: Tensor, attend, **options):
-        return model(
-            input_ids=tokens[None],
-            position_ids=torch.zeros_like(tokens)[None],  # keys stay un-rotated
-            use_cache=False,
-            attend=attend,
-            **options,
-        )
+    def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
+        return run_unrotated(self.model, tokens, attend)
 
-    def _logprobs(self, logits: Tensor) -> Tensor:
-        return logits[:, : self.vocab_size].float().log_softmax(-1)
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].float().log_softmax(-1)
+
+
+def run_unrotated(model: PreTrainedModel, tokens: Tensor, attend: Attend) -> Tensor:
+    """Final hidden states [T, H] of a causal LM whose queries and keys reach `attend` un-rotated.
+
+    Runs the decoder's parts one after the other: a draft pass is so short that the model's own preparations (masks,
+    rotary tables, arguments) would be a fifth of it.
+    """
+    decoder = model.get_decoder()
+    hidden = decoder.embed_tokens(tokens[None])
+    dim = decoder.layers[0].self_attn.head_dim
+    no_rotation = (hidden.new_ones(1, 1, dim), hidden.new_zeros(1, 1, dim))
+    for layer in decoder.layers:
+        hidden = layer(hidden, position_embeddings=no_rotation, attend=attend)
+    return decoder.norm(hidden)[0]
 
 
 def _working_capacity(config: SpecExtendConfig) -> int | None:

@@ -44,8 +44,7 @@ class Rope:
         length = max(length, 2 * self._cos.shape[0], 2048)
         positions = torch.arange(length, device=self._options["device"])[None]
         cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=self._options["device"]), positions)
-        # un-rotated states already carry the factor: at position 0 transformers multiplied them by cos(0) * scaling
-        cos, sin = cos[0] / self._rotary.attention_scaling, sin[0] / self._rotary.attention_scaling
+        cos, sin = cos[0], sin[0]
         half = sin.shape[-1] // 2
         sin = torch.cat((-sin[:, :half], sin[:, half:]), -1)
         self._cos, self._sin = cos.to(**self._options), sin.to(**self._options)

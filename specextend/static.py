@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from specextend.attention import masked_attention
 from specextend.cache import KVCache
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
-from specextend.drafter import ClassicDrafter
+from specextend.drafter import ClassicDrafter, run_unrotated
 from specextend.target import Target
 from specextend.tree import DraftTree
 
@@ -235,7 +235,7 @@ class StaticDraft:
         self, model: PreTrainedModel, full: StaticCache | None, working: StaticCache, attention: StaticAttention,
         cos: Tensor, sin: Tensor, vocab_size: int,
     ):  # fmt: skip
-        self._decoder, self._readout = model.get_decoder(), model.get_output_embeddings()
+        self._model, self._readout = model, model.get_output_embeddings()
         self.full, self.working = full, working
         self._attention, self._cos, self._sin, self._vocab_size = attention, cos, sin, vocab_size
 
@@ -252,7 +252,7 @@ class StaticDraft:
             self.working.write(layer, key, value, self.working.length)
             return self._attend(layer, query, mask, len(emitted), scaling)
 
-        hidden = self._run(emitted, attend).index_select(0, (count - 1).reshape(1))
+        hidden = run_unrotated(self._model, emitted, attend).index_select(0, (count - 1).reshape(1))
         self.working.length += count
         if self.full is not None:
             self.full.length += count
@@ -268,7 +268,7 @@ class StaticDraft:
             self.working.write(layer, key, value, self.working.length + slots - len(tokens))
             return self._attend(layer, query, mask, slots, scaling)
 
-        return self._logprobs(self._run(tokens, attend))
+        return self._logprobs(run_unrotated(self._model, tokens, attend))
 
     def refresh(self, row: Tensor, config: RetrievalConfig) -> None:
         """Fill the working cache with the chunks that `row` [S], the target's attention, asks for."""
@@ -299,12 +299,6 @@ class StaticDraft:
         half = states.shape[-1] // 2
         swapped = torch.cat((states[..., half:], states[..., :half]), -1)
         return torch.addcmul(states * self._cos[positions], swapped, self._sin[positions])
-
-    def _run(self, tokens: Tensor, attend) -> Tensor:
-        """Final hidden states [T, H]; position ids 0 leave the keys un-rotated."""
-        return self._decoder(
-            input_ids=tokens[None], position_ids=torch.zeros_like(tokens)[None], use_cache=False, attend=attend
-        ).last_hidden_state[0]
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         return self._readout(hidden)[:, : self._vocab_size].float().log_softmax(-1)
