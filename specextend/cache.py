@@ -100,8 +100,8 @@ class KVCache:
 class DraftCache:
     """What a draft attends to, rotated, and, where it is only a part of the context, the whole of it un-rotated.
 
-    The draft model runs without rotation; its keys are rotated here once, when
-    they enter the working cache. So a gathered chunk gets its new place 0..m-1 without undoing an old rotation.
+    The draft model runs without rotation; its keys are rotated here once, when they enter the working cache. So a
+    gathered chunk gets its new place 0..m-1 without undoing an old rotation.
 
     Args:
         working_capacity: tokens the working cache holds; None keeps the full context and no second copy.
