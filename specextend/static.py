@@ -49,6 +49,7 @@ class PlainStaticAttention:
         slot = position - length
         in_tree = (slot >= 0) & (slot < slots)
         visible = (position < length) | (in_tree & mask[:, slot.clamp(0, slots - 1)])
+        values = torch.where((slot < slots)[:, None], values, 0.0)  # beyond may be anything, and 0 * nan is nan
         groups = query.shape[1] // keys.shape[0]
         expanded = (part.repeat_interleave(groups, 0)[None] for part in (keys, values))
         return masked_attention(query, *expanded, scaling, visible)
@@ -120,8 +121,8 @@ def grow(
             logprobs = expand(tokens[-1], depth - 1, visible)
         values, children = logprobs.topk(width, dim=-1)
         values = (values.clamp(max=0) + above[:, None]).flatten()
-        above, index = values.sort(descending=True, stable=True)
-        above, index = above[:width], index[:width]
+        index = values.sort(descending=True, stable=True).indices[:width].sort().values
+        above = values[index]
         below = index // width
         tokens.append(children.flatten()[index])
         parents.append(below + 1 + (depth - 2) * width if depth > 1 else torch.zeros_like(below))

@@ -196,7 +196,7 @@ class Listener:
 
     def __init__(self, model):
         self.logits: list[Tensor] = []
-        model.lm_head.register_forward_hook(lambda module, args, output: self.logits.append(output[0]))
+        model.lm_head.register_forward_hook(lambda module, args, output: self.logits.append(output))
 
 
 def make_drafter(model, working: int | None, tree: TreeConfig, route: str = "hybrid", window: int = 0):

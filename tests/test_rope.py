@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specextend.drafter import run_unrotated
 from specextend.rope import DynamicRope, Rope, make_exact
 
 CPU = torch.device("cpu")
@@ -27,19 +28,19 @@ def random_states(dim: int, tokens: int, heads: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("start", [0, 1, 17, 2047, 5000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rope_rotates_states_of_position_zero_as_transformers_rotates_at_once(kind, start, make_model):
+def test_rope_rotates_unrotated_states_as_transformers_does(kind, start, make_model):
     rotary = make_model(kind).get_decoder().rotary_emb
     states = random_states(make_model(kind).config.head_dim, 40)
-    at_zero = rotate_by_transformers(rotary, states, torch.zeros(40, dtype=torch.long))
     expected = rotate_by_transformers(rotary, states, torch.arange(start, start + 40))
-    torch.testing.assert_close(Rope(rotary, torch.float32, CPU).rotate(at_zero, start), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(Rope(rotary, torch.float32, CPU).rotate(states, start), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_yarn_scales_attention_so_that_the_factor_must_not_be_applied_twice(make_model):
+def test_yarn_scales_what_it_rotates(make_model):
     rotary = make_model("yarn").get_decoder().rotary_emb
     assert rotary.attention_scaling > 1.1
     states = random_states(16, 5)
-    torch.testing.assert_close(Rope(rotary, torch.float32, CPU).rotate(states, 0, same=True), states)
+    rotated = Rope(rotary, torch.float32, CPU).rotate(states, 0, same=True)
+    torch.testing.assert_close(rotated, states * rotary.attention_scaling)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,22 +79,18 @@ def test_half_precision_table_is_rounded_once(dtype, make_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_model_run_at_position_zero_leaves_its_keys_unrotated(kind, make_model, make_prompt):
+def test_model_run_without_rotation_hands_over_what_rotation_makes_the_models_own_keys(kind, make_model, make_prompt):
     model, prompt = make_model(kind), make_prompt(20)
-    rope = Rope(model.get_decoder().rotary_emb, torch.float32, CPU)
+    rope, seen = Rope(model.get_decoder().rotary_emb, torch.float32, CPU), []
 
-    def first_keys(positions: Tensor) -> Tensor:
-        seen = {}
+    def attend(layer, query, key, value, scaling):
+        if layer == 0:
+            seen.append(key)
+        return torch.zeros_like(query)
 
-        def attend(layer, query, key, value, scaling):
-            seen.setdefault(layer, key)
-            return torch.zeros_like(query)
-
-        model(input_ids=prompt[None], position_ids=positions[None], use_cache=False, attend=attend)
-        return seen[0]
-
-    rotated = rope.rotate(first_keys(torch.zeros_like(prompt)), 7)
-    torch.testing.assert_close(rotated, first_keys(torch.arange(7, 27)), atol=2e-5, rtol=1e-5)
+    run_unrotated(model, prompt, attend)
+    model(input_ids=prompt[None], position_ids=torch.arange(7, 27)[None], use_cache=False, attend=attend)
+    torch.testing.assert_close(rope.rotate(seen[0], 7), seen[1], atol=2e-5, rtol=1e-5)
 
 
 # ---- dynamic NTK
