@@ -13,7 +13,7 @@ from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
-CPU_TREE = TreeConfig(12, 8, 0.25, 0.08)
+CPU_TREE = TreeConfig(12, 8, 0.35, 0.06)
 
 # (target preset, kind) -> the head's hub id or directory; the first of a target is its default
 HEADS = {

@@ -66,7 +66,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset(
-            "bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), cpu_tree=TreeConfig(12, 8, 0.25, 0.08)
+            "bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), cpu_tree=TreeConfig(12, 8, 0.35, 0.06)
         ),
         Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
