@@ -13,6 +13,7 @@ from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
+BUNDLED_RETRIEVAL = RetrievalConfig(top_k=32, every_n_steps=8)  # those heads have seen no more than 1,024 tokens
 CPU_TREE = TreeConfig(12, 8, 0.35, 0.06)
 
 # (target preset, kind) -> the head's hub id or directory; the first of a target is its default
@@ -46,7 +47,11 @@ def load_models(
     loaded = models.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
     return replace(
         loaded,
-        preset=replace(loaded.preset, cpu_tree=loaded.preset.cpu_tree and CPU_TREE, retrieval=RETRIEVAL),
+        preset=replace(
+            loaded.preset,
+            cpu_tree=loaded.preset.cpu_tree and CPU_TREE,
+            retrieval=BUNDLED_RETRIEVAL if loaded.name == "bundled" else RETRIEVAL,
+        ),
         draft=load_head(directory, loaded.target, head),
         drafter=partial(EagleDrafter, target=loaded.target),
         draft_id=models.public_id(draft_id),
