@@ -37,7 +37,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool:
-        return self.found <= self.wanted if self.at_most else self.found >= self.wanted
+        return bool(self.found <= self.wanted if self.at_most else self.found >= self.wanted)
 
 
 def main() -> None:

@@ -6,6 +6,10 @@ in its plain layout, and with ten rows takes three times as long as with weights
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +47,7 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
+    _return_freed_memory()
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -50,6 +55,13 @@ def can_pack(model: nn.Module) -> bool:
     weight = next(model.parameters())
     plain = weight.device.type == "cpu" and weight.dtype == torch.float32
     return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _return_freed_memory() -> None:
+    """The plain weights were freed piece by piece; glibc keeps such pieces for itself unless it is asked."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def weight_nbytes(model: nn.Module) -> int:
