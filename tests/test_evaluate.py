@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from rich.console import Console
 
 import eval_classic
+from specextend import entry
 from specextend.bench import ROOT, SampleRecord
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ConfigError, InputError
@@ -287,9 +288,9 @@ def test_progress_on_a_terminal_ends_in_the_table(data_dir, tmp_path):
 
 def test_eval_classic_prints_the_summary_as_json_on_its_last_line(data_dir, tmp_path, monkeypatch, capsys):
     engine = ScriptedEngine()
-    monkeypatch.setattr(eval_classic, "load_models", lambda *_, **__: engine.models)
-    monkeypatch.setattr(eval_classic, "SpecExtend", lambda *_: engine)
-    monkeypatch.setattr(eval_classic.cli, "config_from", lambda args, models: engine.config)
+    monkeypatch.setattr(entry, "load_models", lambda *_, **__: engine.models)
+    monkeypatch.setattr(entry, "SpecExtend", lambda *_: engine)
+    monkeypatch.setattr(entry.cli, "config_from", lambda args, models: engine.config)
     output = tmp_path / "toy.json"
     flags = ["--data_dir", data_dir, "-n", 2, "-r", 1, "--max_gen_len", 25, "--output_file", output, "--lengths", "1K"]
     monkeypatch.setattr("sys.argv", ["eval_classic.py", *map(str, flags)])

@@ -1,18 +1,15 @@
-"""The Triton kernels against float64, through Triton's interpreter where there is no GPU."""
+"""The Triton kernels against float64, through Triton's interpreter where there is no GPU (see conftest)."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
 
 from specextend.kernels.tree_attention import Launch, Workspace, pack_mask, tree_attention  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 if DEVICE.type == "cuda":  # the interpreter multiplies the bit patterns of bfloat16
