@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from specextend.kernels.tree_attention import Launch, Workspace, pack_mask, tree_attention  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 if DEVICE.type == "cuda":  # the interpreter multiplies the bit patterns of bfloat16
