@@ -98,8 +98,7 @@ def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendCon
     }
     return replace(
         base,
-        **{"draft_window": models.preset.draft_window}
-        | _given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
+        **_given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
         tree=replace(default_tree(models), **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
         retrieval=replace(models.preset.retrieval, **_given(args, retrieval)),
     )

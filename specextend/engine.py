@@ -171,11 +171,8 @@ class SpecExtend:
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
-    """All parts of SpecExtend, with the tree, the retrieval and the draft's window of the preset."""
-    preset = models.preset
-    return SpecExtendConfig.specextend(
-        tree=default_tree(models), retrieval=preset.retrieval, draft_window=preset.draft_window
-    )
+    """All parts of SpecExtend, with the tree and the retrieval of the preset."""
+    return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:

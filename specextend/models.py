@@ -50,7 +50,6 @@ class Preset:
         template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
         cpu_tree: draft tree to use by default on a CPU, which is compute-bound where a GPU is not; None: the paper's.
         retrieval: what the draft's working cache holds by default.
-        draft_window: sliding window of the draft's flash prefill by default, tokens.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Preset:
     template: str | None = None
     cpu_tree: TreeConfig | None = None
     retrieval: RetrievalConfig = RetrievalConfig()
-    draft_window: int = SpecExtendConfig.draft_window
 
 
 PRESETS = {
