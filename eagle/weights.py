@@ -113,7 +113,7 @@ def kind_of(directory: Path, state: dict[str, Tensor]) -> str:
 def read_head_config(directory: Path, raw: dict) -> LlamaConfig:
     """The block's Llama config; rope base 10000 where it names none, whatever the target's."""
     nested = raw.get("transformer_layer_config", raw)
-    known = {"num_hidden_layers": 1, **{key: nested[key] for key in nested if key not in ("model_type", "torch_dtype")}}
+    known = {key: nested[key] for key in nested if key not in ("model_type", "torch_dtype")}
     try:
         with quiet_transformers():
             config = LlamaConfig.from_dict({**known, "num_hidden_layers": 1})

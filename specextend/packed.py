@@ -1,7 +1,8 @@
 """Linear layers for few rows on a CPU: weights packed once in oneDNN's own layout.
 
 Verifying a tree multiplies some ten rows by every weight. PyTorch's default product for float32 reads a weight anew
-in its plain layout, and with ten rows takes three times as long as with weights packed for the processor.
+in its plain layout, and with ten rows takes several times as long as with weights packed for the processor
+(`scripts/bench_cpu.py` measures it: results/cpu/layers.json).
 """
 
 from __future__ import annotations

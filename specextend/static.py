@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specextend.attention import masked_attention
+from specextend.attention import attention_row, masked_attention
 from specextend.cache import KVCache
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.drafter import ClassicDrafter, run_unrotated
@@ -216,10 +216,7 @@ class StaticTarget:
         Args:
             newest: [] node of the tree just verified that was accepted last.
         """
-        query, lse = self._query[0, :, newest].float(), self._lse[0, :, newest].float()
-        keys = self.cache.keys[-1]
-        scores = torch.einsum("hgd,hnd->hgn", query.view(keys.shape[0], -1, query.shape[-1]), keys.float())
-        weights = (scores * self._scaling - lse.view(keys.shape[0], -1, 1)).exp().flatten(0, 1).mean(0)
+        weights = attention_row(self._query[0, :, newest], self._lse[0, :, newest], self.cache.keys[-1], self._scaling)
         committed = torch.arange(len(weights), device=weights.device) < self.cache.length
         return torch.where(committed, weights, 0.0)
 

@@ -17,7 +17,6 @@ does not have get a logit far below all others. What it adds to the norms' avera
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +156,7 @@ def silence(layer: nn.Module) -> None:
     layer.mlp.down_proj.weight.zero_()
 
 
-def _query_heads(small: nn.Module, wide: nn.Module) -> Iterator[int]:
+def _query_heads(small: nn.Module, wide: nn.Module) -> list[int]:
     """Wide query head of every small query head, so that both use KV heads of the same index."""
     small_group, wide_group = small.num_key_value_groups, wide.num_key_value_groups
     heads = small.q_proj.out_features // small.head_dim
