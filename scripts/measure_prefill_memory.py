@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from specextend import SpecExtend, cli
 from specextend.bench import environment, write_json
 from specextend.cache import cache_shape
+from specextend.methods import name_of
 from specextend.models import load_models
 from specextend.packed import weight_nbytes
 from specextend.prompts import gather_prompts
@@ -56,7 +57,7 @@ def main() -> None:
     peak = result.peak_bytes if models.device.type == "cuda" else at_first_token["peak"]
     count = count_bytes(engine, len(prompt.ids))
     record = {
-        "method": engine.config.method,
+        "method": name_of(engine.config),
         "prompt_tokens": len(prompt.ids),
         "peak_bytes": peak,
         "counted_bytes": count,

@@ -6,6 +6,9 @@ cache gathered from it ("Cross-model Retrieval").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -85,16 +88,21 @@ class KVCache:
             self._buffer[..., self.length : self.length + len(path), :] = kept
         self.length += len(path)
 
-    def gather(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, positions: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values at `positions` [m], each [L, 1, H_kv, m, D]."""
         return self._buffer[0][..., positions, :], self._buffer[1][..., positions, :]
 
     def fill(self, keys: Tensor, values: Tensor) -> None:
         """Replace all contents by `keys` and `values` [L, 1, H_kv, m, D]."""
-        self.length = keys.shape[3]
+        self.length = 0
+        self.extend(keys, values)
+
+    def extend(self, keys: Tensor, values: Tensor) -> None:
+        """Commit `keys` and `values` [L, 1, H_kv, m, D] behind the contents."""
+        start, self.length = self.length, self.length + keys.shape[3]
         assert self.length <= self.capacity, f"{self.length} tokens do not fit a cache of {self.capacity}"
-        self._buffer[0][..., : self.length, :] = keys
-        self._buffer[1][..., : self.length, :] = values
+        self._buffer[0][..., start : self.length, :] = keys
+        self._buffer[1][..., start : self.length, :] = values
 
 
 class DraftCache:
@@ -170,6 +178,15 @@ class DraftCache:
         self.working.length += tokens
         if self.full is not None:
             self.full.length += tokens
+
+    @contextmanager
+    def provisional(self) -> Iterator[None]:
+        """What is committed inside is forgotten at the end."""
+        caches = [cache for cache in (self.working, self.full) if cache is not None]
+        lengths = [cache.length for cache in caches]
+        yield
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.length = length
 
     def refresh(self, positions: Tensor) -> None:
         """Fill the working cache with the tokens at `positions` [m], ascending, renumbered 0..m-1."""

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
-from specextend.errors import SpecExtendError
+from specextend.errors import ConfigError, SpecExtendError
+from specextend.methods import METHODS, Method, find_method
 from specextend.models import PRESETS, LoadedModels
 
 
@@ -52,10 +53,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
     switch = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
+    _add(group, "--method", str, "what decodes, by name; standard tree speculative decoding without it", metavar="NAME")
+    group.add_argument("--list_methods", action=_ListMethods, help="print the names and what they mean")
     group.add_argument(
-        "--use_specextend",
-        action="store_true",
-        help="all parts of SpecExtend; without it, standard tree speculative decoding",
+        "--use_specextend", action="store_true", help="all parts of SpecExtend: the same as --method specextend"
     )
     group.add_argument("--flash_prefill", **switch, help="FlashAttention prefill of target and draft")
     group.add_argument("--hybrid_tree_attention", **switch, help="verification by Hybrid Tree Attention")
@@ -86,9 +87,17 @@ def sampling_from(args: argparse.Namespace, temperature: float = 0.0) -> Samplin
     return SamplingConfig(getattr(args, "temperature", temperature), args.top_p, args.top_k, args.seed)
 
 
+def method_from(args: argparse.Namespace) -> Method:
+    """The method the flags name; their switches, sizes and trees come on top of it (`config_from`)."""
+    named = getattr(args, "method", None)
+    if args.use_specextend and named not in (None, "specextend"):
+        raise ConfigError(f"--use_specextend is --method specextend, which contradicts --method {named}; give one")
+    return find_method("specextend" if args.use_specextend else named or "standard")
+
+
 def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendConfig:
     """The setting the flags ask for; what they leave open is the preset's for this device, then the paper's."""
-    base = SpecExtendConfig.specextend() if args.use_specextend else SpecExtendConfig.standard()
+    base = method_from(args).config(default_tree(models), models.preset.retrieval)
     retrieval = {
         "chunk_size": "retrieval_chunk_size",
         "top_k": "retrieve_top_k",
@@ -99,8 +108,8 @@ def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendCon
     return replace(
         base,
         **_given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
-        tree=replace(default_tree(models), **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
-        retrieval=replace(models.preset.retrieval, **_given(args, retrieval)),
+        tree=replace(base.tree, **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
+        retrieval=replace(base.retrieval, **_given(args, retrieval)),
     )
 
 
@@ -112,6 +121,19 @@ def _given(args: argparse.Namespace, flags: dict[str, str]) -> dict:
 def _add(group, flag: str, kind: type, text: str, **options) -> None:
     """A flag that is absent from the namespace unless it is typed, so that defaults live in one place."""
     group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **options)
+
+
+class _ListMethods(argparse.Action):
+    """Prints each method with a line, as --help prints the flags."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser, *_) -> None:
+        width = max(map(len, METHODS))
+        for name, method in METHODS.items():
+            print(f"{name:{width}}  {method.summary}")
+        parser.exit()
 
 
 def console(*, stderr: bool = False) -> Console:

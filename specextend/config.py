@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses, validated on construction; the defaults are the paper's (Appendix D).
 
 `SpecExtendConfig.standard()` is the paper's baseline (dense attention, full draft cache) and
-`SpecExtendConfig.specextend()` turns on all three parts; the switches in between make the ablation.
+`SpecExtendConfig.specextend()` turns on all three parts; `methods.py` names these and the settings in between.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from specextend.errors import ConfigError
 
 DraftCacheKind = Literal["full", "streaming", "retrieval"]
 DRAFT_CACHES: tuple[str, ...] = ("full", "streaming", "retrieval")
+DraftKind = Literal["model", "self", "hierarchy", "lookup", "none", "hugging_face"]
+DRAFTS: tuple[str, ...] = ("model", "self", "hierarchy", "lookup", "none", "hugging_face")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -105,6 +107,10 @@ class SpecExtendConfig:
         draft_cache: what the draft attends to: everything, sink + recent chunks, or retrieved chunks.
         prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once.
         draft_window: sliding window of the draft's flash prefill in tokens; 0 is full causal attention.
+        draft: who proposes: the loaded draft "model"; "self", the target over a part of its own cache; "hierarchy",
+            the model for the target's self and that for the target; "lookup", n-grams of the context; "none" for
+            autoregressive decoding, "hugging_face" for transformers' own. All but "model" draft chains of
+            `tree.max_depth` tokens at most.
     """
 
     flash_prefill: bool = False
@@ -112,6 +118,7 @@ class SpecExtendConfig:
     draft_cache: DraftCacheKind = "full"
     prefill_block: int = 1024
     draft_window: int = 512
+    draft: DraftKind = "model"
     tree: TreeConfig = field(default_factory=TreeConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
@@ -120,18 +127,11 @@ class SpecExtendConfig:
             self.draft_cache in DRAFT_CACHES,
             f"draft_cache is {self.draft_cache!r}; choose one of {', '.join(DRAFT_CACHES)}",
         )
+        _require(self.draft in DRAFTS, f"draft is {self.draft!r}; choose one of {', '.join(DRAFTS)}")
+        cached = self.draft not in ("self", "hierarchy") or self.draft_cache != "full"
+        _require(cached, f"draft is {self.draft!r} with a full cache: the target itself; choose streaming or retrieval")
         _require(self.prefill_block >= 1, f"prefill_block is {self.prefill_block}; it must be at least 1 token")
         _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
-
-    @property
-    def method(self) -> str:
-        """ "standard", "specextend", or the parts that are on joined by a dash, as "flash-streaming" in an ablation."""
-        parts = [
-            *(["flash"] if self.flash_prefill else []),
-            *(["hta"] if self.hybrid_tree_attention else []),
-            *([self.draft_cache] if self.draft_cache != "full" else []),
-        ]
-        return {(): "standard", ("flash", "hta", "retrieval"): "specextend"}.get(tuple(parts), "-".join(parts))
 
     @classmethod
     def standard(cls, **settings) -> SpecExtendConfig:

@@ -6,6 +6,7 @@ All switches are resolved here, once, into objects; nothing below asks what is o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,12 +19,15 @@ from specextend.drafter import Drafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
 from specextend.features import FeatureTap
 from specextend.generate import Generation, Output, Round, autoregressive, speculative
+from specextend.hugging_face import hugging_face, plain_twin
+from specextend.lookup import PromptLookup
 from specextend.models import LoadedModels, load_models
 from specextend.retrieval import retriever
 from specextend.rope import make_exact
+from specextend.selfdraft import HierarchicalDrafter, SelfDrafter, SparseTarget
 from specextend.target import Target
 from specextend.text import TextStream
-from specextend.verify import chooser
+from specextend.verify import Chooser, chooser
 
 GREEDY = SamplingConfig()
 Observer = Callable[[Output, Round | None], None]
@@ -43,11 +47,12 @@ class SpecExtend:
         self.config = config or default_config(models)
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
-        self._drafter = _build_drafter(models, self.config)
+        self._drafter = _build_drafter(models, self.config, self._cache)
         self._target = _build_target(models, self.config, self._cache, self._drafter and self._drafter.tap)
         flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
         self._baseline = _build_target(models, flash, self._cache)
         self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
+        self._decode = self._decoding()
 
     @classmethod
     def from_pretrained(
@@ -124,10 +129,18 @@ class SpecExtend:
     def _speculate(
         self, prompt: str | Tensor, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str]
     ) -> tuple[Iterator[Round | None], Output]:
-        if self._drafter is None:
+        if self._decode is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
         ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
-        return speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output), output
+        return self._decode(chooser(sampling), ids, output), output
+
+    def _decoding(self) -> Callable[[Chooser, Tensor, Output], Iterator[Round | None]] | None:
+        """The loop behind `generate`; None where the draft it needs was not loaded."""
+        if self.config.draft == "none":
+            return partial(autoregressive, self._baseline)
+        if self.config.draft == "hugging_face":
+            return partial(hugging_face, plain_twin(self.models.target))
+        return self._drafter and partial(speculative, self._target, self._drafter, self._retriever)
 
     def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
         """Check the request against the models before anything runs."""
@@ -193,8 +206,23 @@ def _build_target(
     )
 
 
-def _build_drafter(models: LoadedModels, config: SpecExtendConfig) -> Drafter | None:
-    return models.drafter(models.draft, config, models.vocab_size) if models.draft is not None else None
+def _build_drafter(models: LoadedModels, config: SpecExtendConfig, cache: KVCache) -> Drafter | None:
+    """The drafter of `config.draft`; None where nobody drafts, or the model that should was not loaded."""
+
+    def make(setting: SpecExtendConfig) -> Drafter:
+        return models.drafter(models.draft, setting, models.vocab_size)
+
+    match config.draft:
+        case "lookup":
+            return PromptLookup(config.tree.max_depth)
+        case "self":
+            return SelfDrafter(SparseTarget(models.target, cache, config), config.tree.max_depth)
+        case "model" if models.draft is not None:
+            return make(config)
+        case "hierarchy" if models.draft is not None:
+            small = make(HierarchicalDrafter.config_of_small(config))
+            return HierarchicalDrafter(small, SparseTarget(models.target, cache, config), config)
+    return None
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:

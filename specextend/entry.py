@@ -14,7 +14,8 @@ from specextend import cli
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
 from specextend.evaluate import Plan, evaluate, read_buckets, require_positive
-from specextend.models import LoadedModels, load_models
+from specextend.methods import name_of
+from specextend.models import LoadedModels, find_preset, load_models
 from specextend.prepare import ensure_data
 from specextend.prompts import gather_prompts
 from specextend.report import Narrator
@@ -29,7 +30,9 @@ PROBLEM_TOKENS = 1024  # left for the problem where a model holds less
 def load_pair(args: argparse.Namespace) -> LoadedModels:
     """The target with a small language model as draft, as the flags of `cli.add_model_flags` say."""
     draft = getattr(args, "draft_model", None)
-    return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device)
+    # a method that needs no draft does without where none is known
+    with_draft = cli.method_from(args).drafts_with_model or bool(draft or find_preset(args.model_name).draft)
+    return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft)
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
         engine = SpecExtend(models, cli.config_from(args, models))
     narrator.introduce(engine, sampling)
     for prompt in gather_prompts(engine, args.input_file, args.max_samples, args.input_len, args.max_gen_len):
-        methods = {engine.config.method: engine.generate}
+        methods = {name_of(engine.config): engine.generate}
         if args.compare:
             standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))
             methods = {"autoregressive": engine.autoregressive, "standard": standard.generate} | methods

@@ -33,6 +33,7 @@ from specextend.bench import (
 from specextend.config import SamplingConfig
 from specextend.data import Prompt, cut_to_fit, find_buckets, read_prompts
 from specextend.errors import ConfigError, InputError
+from specextend.methods import name_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,10 +117,10 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
         "data": plan.data,
         "model": _public_name(models.name),
         "target": _public_name(models.target_id),
-        "draft": _public_name(models.draft_id),
+        "draft": _public_name(models.draft_id or "none"),
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
-        "method": engine.config.method,
+        "method": name_of(engine.config),
         "config": asdict(engine.config),
         "sampling": asdict(plan.sampling),
         "seeds": "seed + 1000 * sample + run, the same for method and baseline",

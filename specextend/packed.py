@@ -36,6 +36,14 @@ class PackedLinear(nn.Module):
         """The weight [out, in], unpacked: a copy."""
         return self._weight.to_dense()
 
+    def unpacked(self) -> nn.Linear:
+        """The layer it was made of, with a copy of the weight."""
+        linear = nn.Linear(self.in_features, self.out_features, self._bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight, requires_grad=False)
+        if self._bias is not None:
+            linear.bias = nn.Parameter(self._bias, requires_grad=False)
+        return linear
+
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
 

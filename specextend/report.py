@@ -14,6 +14,7 @@ from specextend.cli import console
 from specextend.config import SamplingConfig
 from specextend.engine import SpecExtend
 from specextend.generate import Generation, Output, Round
+from specextend.methods import name_of
 from specextend.prompts import EncodedPrompt
 from specextend.text import TextStream
 
@@ -44,7 +45,7 @@ class Narrator:
         )
         on = {True: "on", False: "off"}
         self._out.print(
-            f"{config.method}: flash prefill {on[config.flash_prefill]}, "
+            f"{name_of(config)}: flash prefill {on[config.flash_prefill]}, "
             f"hybrid tree attention {on[config.hybrid_tree_attention]}, draft cache {config.draft_cache}; "
             f"tree of {config.tree.nodes} nodes, depth {config.tree.max_depth}, threshold {config.tree.threshold}; "
             + ("greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature}, seed {sampling.seed}")

@@ -43,6 +43,11 @@ class Target:
         self._last_layer: _CachedAttend | None = None
         self._newest = 0
 
+    @property
+    def position(self) -> int:
+        """Position of the next token, the root of the next tree."""
+        return self.cache.length
+
     def prefill(self, prompt: Tensor, room: int) -> Tensor:
         """Forget the last prompt, read `prompt` [N], make room for `room` more; last position's logits [1, V]."""
         self.cache.reset(len(prompt) + room)
@@ -61,7 +66,7 @@ class Target:
     def verify(self, tree: DraftTree) -> Tensor:
         """Logits [T, V] after every node of `tree`; the nodes stay scratch until `commit`."""
         attend = _CachedAttend(self.cache, self._tree_attention, tree.ancestors, len(tree))
-        return self._run(tree.tokens, self.cache.length + tree.depth, attend)
+        return self._run(tree.tokens, self.position + tree.depth, attend)
 
     def commit(self, path: Tensor) -> None:
         """Keep the nodes `path` [A] of the tree just verified."""

@@ -40,6 +40,12 @@ class DraftTree:
         return cls(token.reshape(1), zero - 1, zero, torch.ones(1, 1, dtype=torch.bool, device=token.device))
 
     @classmethod
+    def chain(cls, tokens: Tensor) -> DraftTree:
+        """The path of `tokens` [T], the root first."""
+        depth = torch.arange(len(tokens), device=tokens.device)
+        return cls(tokens, depth - 1, depth, depth[:, None] >= depth)
+
+    @classmethod
     def from_parents(cls, tokens: Tensor, parents: Tensor) -> DraftTree:
         """Depth and ancestors of nodes [T] whose parents precede them."""
         ancestors = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)

@@ -23,7 +23,6 @@ from specextend.bench import (
     stretches_of,
     write_json,
 )
-from specextend.config import SpecExtendConfig
 from specextend.errors import ConfigError, InputError
 from specextend.generate import Generation, Round
 
@@ -93,12 +92,6 @@ def test_environment_is_complete_and_names_no_host():
     assert found["hardware"]["cpu"] and found["hardware"]["cores"] >= 1 and found["threads"] >= 1
     hostname = subprocess.run(["uname", "-n"], capture_output=True, text=True, check=True).stdout.strip()
     assert hostname not in json.dumps(found)
-
-
-def test_method_name_tells_the_parts_that_are_on():
-    assert SpecExtendConfig.standard().method == "standard"
-    assert SpecExtendConfig.specextend().method == "specextend"
-    assert SpecExtendConfig(flash_prefill=True, draft_cache="streaming").method == "flash-streaming"
 
 
 def test_first_difference_finds_the_index_where_sequences_part():

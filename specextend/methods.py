@@ -1,0 +1,105 @@
+"""The methods that are compared, by name: each one setting of the same objects, in the same loop.
+
+A method is its switches (`SpecExtendConfig`); the tree, the retrieval and the models are the run's, except where a
+method drafts chains of its own length or keeps chunks of its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
+from specextend.errors import ConfigError
+
+SWITCHES = ("flash_prefill", "hybrid_tree_attention", "draft_cache", "draft")
+FAST = {"flash_prefill": True, "hybrid_tree_attention": True}
+LINEAR = TreeConfig(nodes=6, max_depth=6)  # TriForce's six drafts per verification
+LOOKUP = TreeConfig(nodes=10, max_depth=10)  # prompt lookup's ten
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named setting.
+
+    Args:
+        summary: one line for `--list_methods`.
+        switches: fields of `SpecExtendConfig` in which it differs from standard decoding.
+        chain: its draft length, for methods that draft chains; None takes the run's tree.
+        chunk_size: its own chunks, as many as fill the run's working cache; None takes the run's.
+    """
+
+    summary: str
+    switches: Mapping[str, Any] = field(default_factory=dict)
+    chain: TreeConfig | None = None
+    chunk_size: int | None = None
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """Whether it needs the small model or EAGLE head that is loaded as draft."""
+        return self.switches.get("draft", "model") in ("model", "hierarchy")
+
+    def config(self, tree: TreeConfig, retrieval: RetrievalConfig) -> SpecExtendConfig:
+        """Its setting in a run with this tree and this retrieval."""
+        if self.chunk_size is not None:
+            chunks = max(retrieval.top_k * retrieval.chunk_size // self.chunk_size, retrieval.sink + retrieval.recent)
+            retrieval = replace(retrieval, chunk_size=self.chunk_size, top_k=chunks)
+        return SpecExtendConfig(**self.switches, tree=self.chain or tree, retrieval=retrieval)
+
+
+METHODS = {
+    "autoregressive": Method("the target alone: our own loop with flash decoding", FAST | {"draft": "none"}),
+    "autoregressive_hf": Method(
+        "the target alone: Hugging Face's `generate` with eager attention", {"draft": "hugging_face"}
+    ),
+    "prompt_lookup": Method("drafts copied from where the last n-gram stood", FAST | {"draft": "lookup"}, LOOKUP),
+    "standard": Method("tree speculative decoding: dense attention, full draft cache"),
+    "fa": Method("standard + FlashAttention prefill", {"flash_prefill": True}),
+    "hta": Method("standard + Hybrid Tree Attention", {"hybrid_tree_attention": True}),
+    "streaming": Method("standard + StreamingLLM draft cache (sink + window)", {"draft_cache": "streaming"}),
+    "cmr": Method("standard + Cross-model Retrieval draft cache", {"draft_cache": "retrieval"}),
+    "fa_hta": Method("standard + FlashAttention prefill + Hybrid Tree Attention", FAST),
+    "fa_hta_streaming": Method(
+        "SpecExtend with a StreamingLLM draft cache of the same size", FAST | {"draft_cache": "streaming"}
+    ),
+    "specextend": Method("all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}),
+    "magicdec": Method(
+        "self-speculation: the target over sink + window of its own cache",
+        FAST | {"draft_cache": "streaming", "draft": "self"},
+        LINEAR,
+    ),
+    "self_retrieval": Method(
+        "self-speculation: the target over retrieved chunks of its own cache",
+        FAST | {"draft_cache": "retrieval", "draft": "self"},
+        LINEAR,
+        chunk_size=8,
+    ),
+    "triforce": Method(
+        "the draft model proposes for self_retrieval's draft, and that for the target",
+        FAST | {"draft_cache": "retrieval", "draft": "hierarchy"},
+        LINEAR,
+        chunk_size=8,
+    ),
+}
+
+
+def find_method(name: str) -> Method:
+    if name not in METHODS:
+        raise ConfigError(f"method {name!r} is unknown; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def name_of(config: SpecExtendConfig) -> str:
+    """The method a setting belongs to, whatever its tree and chunks; else its parts joined by a dash."""
+    plain = SpecExtendConfig()
+    for name, method in METHODS.items():
+        if all(getattr(config, switch) == method.switches.get(switch, getattr(plain, switch)) for switch in SWITCHES):
+            return name
+    parts = {
+        "fa": config.flash_prefill,
+        "hta": config.hybrid_tree_attention,
+        config.draft_cache: config.draft_cache != "full",
+        config.draft: config.draft != "model",
+    }
+    return "-".join(part for part, is_on in parts.items() if is_on)
