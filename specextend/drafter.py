@@ -122,11 +122,13 @@ class ClassicDrafter(TreeDrafter):
         self._pending = first.reshape(1)
 
     def propose(self) -> DraftTree:
-        root = self._pending[-1]
-        hidden = self._run(self._pending, self._attend_newest)[-1:]
-        self.cache.commit(len(self._pending))
+        root, hidden = self._pending[-1], self._read(self._pending)[-1:]
         self._pending = self._pending[:0]
         return grow(root, self._logprobs(hidden), self._expand, self._tree)
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities [T, V] after each of the context's next `tokens` [T], which it commits."""
+        return self._logprobs(self._read(tokens))
 
     def commit(self, accepted: Accepted) -> None:
         self._pending = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
@@ -134,6 +136,12 @@ class ClassicDrafter(TreeDrafter):
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V] after the nodes of `level`."""
         return self._logprobs(self._run(level.tokens, self._attend_level(level)))
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Final hidden states [T, H] of the context's next tokens."""
+        hidden = self._run(tokens, self._attend_newest)
+        self.cache.commit(len(tokens))
+        return hidden
 
     def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
         return run_unrotated(self.model, tokens, attend)

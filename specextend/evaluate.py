@@ -115,9 +115,9 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
     models = engine.models
     return {
         "data": plan.data,
-        "model": _public_name(models.name),
-        "target": _public_name(models.target_id),
-        "draft": _public_name(models.draft_id or "none"),
+        "model": public_name(models.name),
+        "target": public_name(models.target_id),
+        "draft": public_name(models.draft_id or "none"),
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
         "method": name_of(engine.config),
@@ -146,7 +146,7 @@ def default_output(setting: dict[str, Any], directory: Path = Path("results")) -
     return directory / f"{'_'.join(parts)}.json"
 
 
-def _public_name(model: str) -> str:
+def public_name(model: str) -> str:
     """A hub id as it is, a local path without what lies above the checkout or the model's own folder."""
     path = Path(model)
     if not path.is_absolute():

@@ -1,0 +1,191 @@
+"""Needle retrieval (the paper's table 1): does the draft know a fact that stands far back in the input?
+
+    python scripts/eval_needle.py --data_dir data/govreport
+
+A fact is stated at some depth of a long text and asked for at its end. The draft predicts the answer's tokens, each
+given the right ones before it, with all of the context in its cache, with StreamingLLM's sink and window, and with the
+chunks that the target's last layer picks (Cross-model Retrieval); beside them the target over chunks of its own cache
+(as TriForce drafts) and over all of it. A token that the draft also gets right where the fact is not stated (the rest
+of a word, a likely name) says nothing and is left out of the accuracy. Written through to the JSON file: the same
+command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
+
+from records import Records, model_setting
+from training.facts import Fact, make_facts
+
+from specextend import SpecExtend, cli
+from specextend.data import builtin_text, find_buckets, parse_length, read_prompts
+from specextend.engine import default_tree
+from specextend.entry import load_pair
+from specextend.errors import InputError
+from specextend.methods import METHODS
+from specextend.retrieval import CrossModelRetrieval, StreamingWindow
+from specextend.selfdraft import SparseTarget
+from specextend.tree import DraftTree
+
+SEED = 20_505_776  # of the facts: none of the training's
+CACHES = ("full", "streaming", "cmr", "target_retrieval", "target")
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_grad_enabled(False)
+    models = load_pair(args)
+    tree, retrieval = default_tree(models), models.preset.retrieval
+    engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval))
+    setting = model_setting(engine) | {"data": source_name(args.data_dir), "facts_seed": SEED}
+    probe = Probe(engine)
+    records = Records(args.output_file, setting | probe.setting, fresh=args.fresh)
+    facts = make_facts(args.samples, models.tokenizer.backend_tokenizer, SEED)
+    texts = long_texts(engine, args.data_dir, max(map(parse_length, args.lengths)), args.samples)
+    for (sample, text), length, depth in itertools.product(enumerate(texts), args.lengths, DEPTHS):
+        key = {"length": length, "depth": depth, "sample": sample}
+        needle = plant(facts[sample], text, min(parse_length(length), engine.limit), depth)
+        records.measure(key, lambda needle=needle: probe.measure(needle))
+        print(f"{length}, depth {depth:g}, sample {sample + 1} of {args.samples}", file=sys.stderr)
+    print(json.dumps({"output": str(args.output_file)} | accuracies(records)))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.parser(__doc__.splitlines()[0])
+    cli.add_model_flags(parser)
+    parser.add_argument("--data_dir", type=Path, help="folder of <name>_<length>.jsonl files; else the built-in text")
+    parser.add_argument("--lengths", nargs="+", default=["2K", "4K", "8K", "16K"], help="of the context, in tokens")
+    parser.add_argument("--samples", "-n", type=int, default=4, help="facts per length and depth, each in its own text")
+    parser.add_argument("--output_file", type=Path, default=Path("results/cpu/needle.json"))
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    parser.set_defaults(use_specextend=True)
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A context [N] that ends with the question, its end without the statement, and the tokens [m] of the answer."""
+
+    context: Tensor
+    without: Tensor
+    answer: Tensor
+
+
+def plant(fact: Fact, text: Tensor, length: int, depth: float) -> Needle:
+    """`fact` stated at `depth` (0 is the beginning) of `length` tokens of `text`, and asked for at their end."""
+    statement, recall = torch.from_numpy(fact.statement), torch.from_numpy(fact.recall)
+    question, answer = recall[: fact.answer.start], recall[fact.answer]
+    hay = text[: length - len(statement) - len(question) - len(answer)]
+    at = round(depth * len(hay))
+    return Needle(torch.cat((hay[:at], statement, hay[at:], question)), torch.cat((hay[-512:], question)), answer)
+
+
+def long_texts(engine: SpecExtend, data_dir: Path | None, length: int, count: int) -> Iterator[Tensor]:
+    """`count` texts of `length` tokens at least: prompts, one after the other where one is too short."""
+    if data_dir is None:
+        pieces = itertools.repeat(engine.encode(builtin_text()))
+    else:
+        prompts = read_prompts(list(find_buckets(data_dir).values())[-1])
+        pieces = (engine.encode(prompt.text) for prompt in itertools.cycle(prompts))
+    for index in range(count):
+        text = next(pieces).cpu()
+        while len(text) < length:
+            text = torch.cat((text, next(pieces).cpu()))
+        shift = index * length % max(len(text) - length, 1) if data_dir is None else 0
+        yield text[shift : shift + length]
+
+
+class Probe:
+    """What draft and target make of a needle, under each cache."""
+
+    def __init__(self, engine: SpecExtend):
+        if engine._drafter.tap is not None:
+            raise InputError("an EAGLE head cannot be probed alone; give a small language model as draft")
+        config = engine.config
+        self._target, self._windowed = engine._target, engine._drafter
+        full = METHODS["fa_hta"].config(config.tree, config.retrieval)
+        self._whole = engine.with_config(full)._drafter
+        self._retrieved, self._streaming = CrossModelRetrieval(config.retrieval), StreamingWindow(config.retrieval)
+        own = METHODS["self_retrieval"].config(config.tree, config.retrieval)
+        self._own = CrossModelRetrieval(own.retrieval)
+        self._sparse = SparseTarget(engine.models.target, engine._target.cache, own)
+        self.setting = {
+            "working_cache": config.retrieval.top_k * config.retrieval.chunk_size,
+            "chunk_size": config.retrieval.chunk_size,
+            "chunk_size_of_target_retrieval": own.retrieval.chunk_size,
+            "draft_window": config.draft_window,
+        }
+
+    def measure(self, needle: Needle) -> dict[str, dict[str, list]]:
+        """Which answer tokens are right, and their negative log-likelihood in nats, by cache.
+
+        The question's last token is the root, and its attention over the context before it retrieves.
+        """
+        context, root = needle.context[:-1], needle.context[-1:]
+        read = torch.cat((root, needle.answer[:-1]))
+        self._target.prefill(context, len(read))
+        whole_target = self._target.verify(DraftTree.chain(read))
+        row = self._target.attention_row()
+        logits = {"full": self._score_whole(context, read)}
+        self._windowed.prefill(context, root[0], len(read))
+        for name, chosen in (("streaming", self._streaming), ("cmr", self._retrieved)):
+            with self._windowed.cache.provisional():
+                self._windowed.refresh(chosen.select(lambda: row, len(context)))
+                logits[name] = self._windowed.score(read)
+        self._sparse.begin()
+        self._sparse.choose(self._own.select(lambda: row, len(context)))
+        logits["target_retrieval"] = self._sparse.verify(DraftTree.chain(read))
+        logits["target"] = whole_target
+        logits["not_stated"] = self._score_whole(needle.without[:-1], read)
+        return {name: _graded(one, needle.answer) for name, one in logits.items()}
+
+    def _score_whole(self, context: Tensor, read: Tensor) -> Tensor:
+        self._whole.prefill(context, read[0], len(read))
+        return self._whole.score(read)
+
+
+def _graded(logits: Tensor, answer: Tensor) -> dict[str, float]:
+    likelihood = logits.float().log_softmax(-1).gather(1, answer[:, None])
+    return {
+        "right": (logits.argmax(-1) == answer).int().tolist(),
+        "nll": [round(-value, 4) for value in likelihood[:, 0].tolist()],
+    }
+
+
+def accuracies(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Share right of the answer tokens that cannot be guessed without the fact, by cache and length."""
+    right: dict[str, dict[str, list[int]]] = {cache: {} for cache in CACHES}
+    for record in records:
+        for cache in CACHES:
+            known = right[cache].setdefault(record["length"], [])
+            known += [
+                one
+                for one, guessed in zip(record[cache]["right"], record["not_stated"]["right"], strict=True)
+                if not guessed
+            ]
+    return {
+        cache: {length: round(statistics.fmean(found), 3) for length, found in by_length.items()}
+        for cache, by_length in right.items()
+    }
+
+
+def source_name(data_dir: Path | None) -> str:
+    return data_dir.resolve().name if data_dir else "builtin"
+
+
+if __name__ == "__main__":
+    cli.run(main)
