@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from probe import CACHES, Probe
 from records import Records, model_setting
 from training.facts import Fact, make_facts
 
@@ -34,14 +36,9 @@ from specextend import SpecExtend, cli
 from specextend.data import builtin_text, find_buckets, parse_length, read_prompts
 from specextend.engine import default_tree
 from specextend.entry import load_pair
-from specextend.errors import InputError
 from specextend.methods import METHODS
-from specextend.retrieval import CrossModelRetrieval, StreamingWindow
-from specextend.selfdraft import SparseTarget
-from specextend.tree import DraftTree
 
 SEED = 20_505_776  # of the facts: none of the training's
-CACHES = ("full", "streaming", "cmr", "target_retrieval", "target")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -59,7 +56,7 @@ def main() -> None:
     for (sample, text), length, depth in itertools.product(enumerate(texts), args.lengths, DEPTHS):
         key = {"length": length, "depth": depth, "sample": sample}
         needle = plant(facts[sample], text, min(parse_length(length), engine.limit), depth)
-        records.measure(key, lambda needle=needle: probe.measure(needle))
+        records.measure(key, partial(measure, probe, needle))
         print(f"{length}, depth {depth:g}, sample {sample + 1} of {args.samples}", file=sys.stderr)
     print(json.dumps({"output": str(args.output_file)} | accuracies(records)))
 
@@ -109,53 +106,12 @@ def long_texts(engine: SpecExtend, data_dir: Path | None, length: int, count: in
         yield text[shift : shift + length]
 
 
-class Probe:
-    """What draft and target make of a needle, under each cache."""
-
-    def __init__(self, engine: SpecExtend):
-        if engine._drafter.tap is not None:
-            raise InputError("an EAGLE head cannot be probed alone; give a small language model as draft")
-        config = engine.config
-        self._target, self._windowed = engine._target, engine._drafter
-        full = METHODS["fa_hta"].config(config.tree, config.retrieval)
-        self._whole = engine.with_config(full)._drafter
-        self._retrieved, self._streaming = CrossModelRetrieval(config.retrieval), StreamingWindow(config.retrieval)
-        own = METHODS["self_retrieval"].config(config.tree, config.retrieval)
-        self._own = CrossModelRetrieval(own.retrieval)
-        self._sparse = SparseTarget(engine.models.target, engine._target.cache, own)
-        self.setting = {
-            "working_cache": config.retrieval.top_k * config.retrieval.chunk_size,
-            "chunk_size": config.retrieval.chunk_size,
-            "chunk_size_of_target_retrieval": own.retrieval.chunk_size,
-            "draft_window": config.draft_window,
-        }
-
-    def measure(self, needle: Needle) -> dict[str, dict[str, list]]:
-        """Which answer tokens are right, and their negative log-likelihood in nats, by cache.
-
-        The question's last token is the root, and its attention over the context before it retrieves.
-        """
-        context, root = needle.context[:-1], needle.context[-1:]
-        read = torch.cat((root, needle.answer[:-1]))
-        self._target.prefill(context, len(read))
-        whole_target = self._target.verify(DraftTree.chain(read))
-        row = self._target.attention_row()
-        logits = {"full": self._score_whole(context, read)}
-        self._windowed.prefill(context, root[0], len(read))
-        for name, chosen in (("streaming", self._streaming), ("cmr", self._retrieved)):
-            with self._windowed.cache.provisional():
-                self._windowed.refresh(chosen.select(lambda: row, len(context)))
-                logits[name] = self._windowed.score(read)
-        self._sparse.begin()
-        self._sparse.choose(self._own.select(lambda: row, len(context)))
-        logits["target_retrieval"] = self._sparse.verify(DraftTree.chain(read))
-        logits["target"] = whole_target
-        logits["not_stated"] = self._score_whole(needle.without[:-1], read)
-        return {name: _graded(one, needle.answer) for name, one in logits.items()}
-
-    def _score_whole(self, context: Tensor, read: Tensor) -> Tensor:
-        self._whole.prefill(context, read[0], len(read))
-        return self._whole.score(read)
+def measure(probe: Probe, needle: Needle) -> dict[str, dict[str, list]]:
+    """Which answer tokens are right, and their negative log-likelihood in nats, by cache; the root is the question's
+    last token."""
+    context, read = needle.context[:-1], torch.cat((needle.context[-1:], needle.answer[:-1]))
+    logits = probe.logits(context, read) | {"not_stated": probe.draft_alone(needle.without[:-1], read)}
+    return {cache: _graded(one, needle.answer) for cache, one in logits.items()}
 
 
 def _graded(logits: Tensor, answer: Tensor) -> dict[str, float]:

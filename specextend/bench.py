@@ -127,7 +127,11 @@ def stretches_of(generation: Generation) -> list[Stretch]:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one generation cost: seconds by part, rates, memory, and the hash of its token ids."""
+    """What one generation cost: seconds by part, rates, memory, and the hash of its token ids.
+
+    Args:
+        token_s: percentiles of the seconds per token while decoding, as {"p50": ...}; a round's tokens share its time.
+    """
 
     new_tokens: int
     finish_reason: str
@@ -141,6 +145,7 @@ class Timing:
     peak_bytes: int | None
     sha256: str
     by_output: list[Stretch] = field(default_factory=list)
+    token_s: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, generation: Generation) -> Timing:
@@ -157,11 +162,17 @@ class Timing:
             peak_bytes=generation.peak_bytes,
             sha256=hash_tokens(generation.token_ids),
             by_output=stretches_of(generation),
+            token_s=_token_percentiles(generation),
         )
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Timing:
         return cls(**entry | {"by_output": [Stretch(**stretch) for stretch in entry.get("by_output", [])]})
+
+
+def _token_percentiles(generation: Generation) -> dict[str, float]:
+    each = [sum(one.seconds.values()) / len(one.tokens) for one in generation.rounds for _ in one.tokens]
+    return {f"p{rank}": float(np.percentile(each, rank)) for rank in (50, 90, 99)} if each else {}
 
 
 @dataclass(frozen=True)
@@ -355,6 +366,8 @@ def _aggregate_bucket(records: list[SampleRecord]) -> dict[str, Any]:
             _ratio(record.method.tokens_per_s, record.autoregressive.tokens_per_s) for record in records
         ),
         "peak_bytes": max(peaks, default=None),
+        "stages_s": _mean_by_name([_stages(timing) for timing in method]),
+        "token_s": _mean_by_name([timing.token_s for timing in method]),
         "autoregressive": {
             "tokens_per_sec": _tokens_per_s(baseline),
             "decode_tokens_per_sec": _decode_tokens_per_s(baseline),
@@ -378,6 +391,17 @@ def _aggregate_bucket(records: list[SampleRecord]) -> dict[str, Any]:
         "answered_right": _mean(record.answered_right for record in records),
         "by_output_position": _by_output_position(records),
     }
+
+
+def _stages(timing: Timing) -> dict[str, float]:
+    """Seconds of a generation by stage, the prefills as "prefill target" and "prefill draft"."""
+    return {f"prefill {name}": seconds for name, seconds in timing.prefill_s.items()} | timing.stages_s
+
+
+def _mean_by_name(figures: list[dict[str, float]]) -> dict[str, float]:
+    """Means of figures that not every generation has; an absent one counts as nothing."""
+    names = dict.fromkeys(name for one in figures for name in one)
+    return {name: statistics.fmean(one.get(name, 0.0) for one in figures) for name in names}
 
 
 def _by_output_position(records: list[SampleRecord]) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from eval_needle import CACHES, Probe, accuracies, plant
+from eval_needle import accuracies, measure, plant
+from probe import CACHES, Probe
 from records import Records
 from training.facts import make_facts
 
@@ -34,7 +35,7 @@ def test_statement_stands_at_its_depth_and_the_question_at_the_end(depth, facts)
 
 def test_far_facts_are_known_by_retrieval_and_by_the_target_alone(facts, bundled_engine):
     text, probe = bundled_engine.encode(builtin_text()), Probe(bundled_engine)
-    records = [{"length": "2K"} | probe.measure(plant(fact, text, 2048, 0.3)) for fact in facts]
+    records = [{"length": "2K"} | measure(probe, plant(fact, text, 2048, 0.3)) for fact in facts]
     found = {cache: by_length["2K"] for cache, by_length in accuracies(records).items()}
     assert found["target"] == 1 and found["cmr"] > 2.5 * found["streaming"] and found["cmr"] > 4 * found["full"]
     for record in records:

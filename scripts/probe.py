@@ -1,0 +1,62 @@
+"""What draft and target expect of given tokens behind a given context, under each cache (teacher-forced)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from specextend import SpecExtend
+from specextend.errors import InputError
+from specextend.methods import METHODS
+from specextend.retrieval import CrossModelRetrieval, StreamingWindow
+from specextend.selfdraft import SparseTarget
+from specextend.tree import DraftTree
+
+CACHES = ("full", "streaming", "cmr", "target_retrieval", "target")
+
+
+class Probe:
+    """A draft model under each cache, and the target over a part and over all of its own."""
+
+    def __init__(self, engine: SpecExtend):
+        if engine._drafter.tap is not None:
+            raise InputError("an EAGLE head cannot be probed alone; give a small language model as draft")
+        config = engine.config
+        self._target, self._windowed = engine._target, engine._drafter
+        full = METHODS["fa_hta"].config(config.tree, config.retrieval)
+        self._whole = engine.with_config(replace(full, draft_window=0))._drafter
+        self._retrieved, self._streaming = CrossModelRetrieval(config.retrieval), StreamingWindow(config.retrieval)
+        own = METHODS["self_retrieval"].config(config.tree, config.retrieval)
+        self._own = CrossModelRetrieval(own.retrieval)
+        self._sparse = SparseTarget(engine.models.target, engine._target.cache, own)
+        self.setting = {
+            "working_cache": config.retrieval.top_k * config.retrieval.chunk_size,
+            "chunk_size": config.retrieval.chunk_size,
+            "chunk_size_of_target_retrieval": own.retrieval.chunk_size,
+            "draft_window": config.draft_window,
+        }
+
+    def logits(self, context: Tensor, read: Tensor) -> dict[str, Tensor]:
+        """Logits or log-probabilities [T, V] after each of `read` [T] behind `context` [N], by cache.
+
+        The attention of `read`'s first token over the context retrieves.
+        """
+        self._target.prefill(context, len(read))
+        whole_target = self._target.verify(DraftTree.chain(read))
+        row = self._target.attention_row()
+        found = {"full": self.draft_alone(context, read)}
+        self._windowed.prefill(context, read[0], len(read))
+        for name, chosen in (("streaming", self._streaming), ("cmr", self._retrieved)):
+            with self._windowed.cache.provisional():
+                self._windowed.refresh(chosen.select(lambda: row, len(context)))
+                found[name] = self._windowed.score(read)
+        self._sparse.begin()
+        self._sparse.choose(self._own.select(lambda: row, len(context)))
+        found["target_retrieval"] = self._sparse.verify(DraftTree.chain(read))
+        return found | {"target": whole_target}
+
+    def draft_alone(self, context: Tensor, read: Tensor) -> Tensor:
+        """The draft's log-probabilities [T, V] with all of `context` in its cache, read without a window."""
+        self._whole.prefill(context, read[0], len(read))
+        return self._whole.score(read)
