@@ -44,7 +44,6 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 def main() -> None:
     args = parse_args()
-    torch.set_grad_enabled(False)
     models = load_pair(args)
     tree, retrieval = default_tree(models), models.preset.retrieval
     engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval))

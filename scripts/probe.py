@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from specextend import SpecExtend
@@ -37,6 +38,7 @@ class Probe:
             "draft_window": config.draft_window,
         }
 
+    @torch.inference_mode()
     def logits(self, context: Tensor, read: Tensor) -> dict[str, Tensor]:
         """Logits or log-probabilities [T, V] after each of `read` [T] behind `context` [N], by cache.
 
@@ -51,11 +53,12 @@ class Probe:
             with self._windowed.cache.provisional():
                 self._windowed.refresh(chosen.select(lambda: row, len(context)))
                 found[name] = self._windowed.score(read)
-        self._sparse.begin()
+        self._sparse.begin(len(read))
         self._sparse.choose(self._own.select(lambda: row, len(context)))
         found["target_retrieval"] = self._sparse.verify(DraftTree.chain(read))
         return found | {"target": whole_target}
 
+    @torch.inference_mode()
     def draft_alone(self, context: Tensor, read: Tensor) -> Tensor:
         """The draft's log-probabilities [T, V] with all of `context` in its cache, read without a window."""
         self._whole.prefill(context, read[0], len(read))

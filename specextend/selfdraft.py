@@ -46,9 +46,9 @@ class SparseTarget(Target):
     def position(self) -> int:
         return self.cache.length + self._left_out
 
-    def begin(self) -> None:
-        """Forget the last prompt; `choose` comes before anything is drafted."""
-        self.cache.reset(self._capacity)
+    def begin(self, room: int = 0) -> None:
+        """Forget the last prompt; `choose` comes before anything is drafted. `room`: for more than a round's drafts."""
+        self.cache.reset(self._capacity + room)
 
     def choose(self, positions: Tensor) -> None:
         """Attend to the tokens at `positions` [m] of the context, and to those that follow."""
