@@ -32,7 +32,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from probe import CACHES, Probe
+from probe import Probe
+from readings import CACHES
 from records import Records, model_setting
 
 from specextend import SpecExtend, cli

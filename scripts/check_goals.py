@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from make_tables import SPECEXTEND, STANDARD, markdown, pivot, read_results
+from beside_paper import markdown
+from make_tables import SPECEXTEND, STANDARD, pivot, read_results
 
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
 HEADS = ("eagle1", "eagle3")

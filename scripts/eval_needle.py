@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from probe import CACHES, Probe
+from probe import Probe
+from readings import needle_shares
 from records import Records, model_setting
 from training.facts import Fact, make_facts
 
@@ -123,19 +123,8 @@ def _graded(logits: Tensor, answer: Tensor) -> dict[str, float]:
 
 def accuracies(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Share right of the answer tokens that cannot be guessed without the fact, by cache and length."""
-    right: dict[str, dict[str, list[int]]] = {cache: {} for cache in CACHES}
-    for record in records:
-        for cache in CACHES:
-            known = right[cache].setdefault(record["length"], [])
-            known += [
-                one
-                for one, guessed in zip(record[cache]["right"], record["not_stated"]["right"], strict=True)
-                if not guessed
-            ]
-    return {
-        cache: {length: round(statistics.fmean(found), 3) for length, found in by_length.items()}
-        for cache, by_length in right.items()
-    }
+    shares = needle_shares(records, ["length"]).pivot(index="cache", columns="length", values="accuracy")
+    return shares.round(3).to_dict(orient="index")
 
 
 def source_name(data_dir: Path | None) -> str:

@@ -4,7 +4,8 @@
     python scripts/make_tables.py --readme README.md   # and the short form between the README's results markers
 
 A table shows what was measured under one setting: same folder, data, models, dtype, hardware, tree, new tokens and
-temperature. Further methods of that setting (an ablation) get rows of their own below it.
+temperature. Further methods of that setting follow below it, by length; then the paper's figures beside ours
+(`beside_paper.py`), the needles and the analyses.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from beside_paper import analysis_tables, markdown, needle_table, tables_of
+from readings import METHODS, read_records, title_of_records
 
-STANDARD, SPECEXTEND = "standard", "specextend"
+STANDARD, SPECEXTEND, NAIVE = "standard", "specextend", "autoregressive_hf"
+SPEEDUPS = ("speedup_decode", "speedup")
 RUN = ["folder", "model", "draft", "dtype", "device", "hardware", "tree", "max_gen_len"]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
@@ -26,6 +30,10 @@ LEGEND = (
     "token included; autoregressive decoding (AR) has 1. *Decode*: after the first token. *Speed-up*: against AR on "
     "the same prompts in the same process. *Ratio*: SpecExtend over standard. *Equal*: samples whose tokens are those "
     "of AR, of all."
+)
+NEEDLES = (
+    "A fact stated far back and asked for at the end; answer tokens that the draft also gets right where the fact is "
+    "not stated are left out. The paper does not say how long its contexts are."
 )
 
 
@@ -35,7 +43,7 @@ def main() -> None:
     if figures.empty:
         sys.exit(f"no per-length files of eval_classic.py or eval_eagle.py under {args.results}")
     report = args.results / "REPORT.md"
-    report.write_text(full_report(figures), encoding="utf-8")
+    report.write_text(full_report(figures, args.results), encoding="utf-8")
     written = [str(report)]
     if args.readme:
         fill_readme(args.readme, short_report(figures))
@@ -69,8 +77,11 @@ def read_results(results: Path) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     figures = pd.json_normalize(rows).astype({"prompt_tokens.mean": float})
+    figures["tree"] = _tree_of_run(figures)
     figures["method"] = _distinct_methods(figures)
-    return figures.sort_values([*RUN, "data", "temperature", "prompt_tokens.mean", "file"], ignore_index=True)
+    order = figures["method"].map(lambda name: list(METHODS).index(name) if name in METHODS else len(METHODS))
+    keys = [*RUN, "data", "temperature", "prompt_tokens.mean", "order", "file"]
+    return figures.assign(order=order).sort_values(keys, ignore_index=True)
 
 
 def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +97,7 @@ def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
         "dtype": setting["dtype"],
         "device": setting["device"],
         "hardware": hardware["gpu"] if setting["device"] == "cuda" else cpu,
-        "tree": _tree(tree),
+        "tree": _tree(tree) if setting["config"].get("draft", "model") == "model" else None,
         "max_gen_len": setting["max_gen_len"],
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }
@@ -96,6 +107,12 @@ def _tree(tree: dict[str, Any]) -> str:
     floor = tree.get("min_probability")
     text = f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}"
     return f"{text}, nodes reached with at least {floor:g}" if floor else text
+
+
+def _tree_of_run(figures: pd.DataFrame) -> pd.Series:
+    """Methods without a draft tree belong to the run whose folder they lie in."""
+    others = [name for name in RUN if name != "tree"]
+    return figures["tree"].fillna(figures.groupby(others)["tree"].transform("first")).fillna("chains")
 
 
 def _distinct_methods(figures: pd.DataFrame) -> pd.Series:
@@ -126,19 +143,28 @@ def pivot(rows: pd.DataFrame, figure: str) -> pd.DataFrame:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-def full_report(figures: pd.DataFrame) -> str:
+def full_report(figures: pd.DataFrame, results: Path) -> str:
     parts = ["# Results", "Written by `scripts/make_tables.py` from the files named below; do not edit.", LEGEND]
     for run, measured in runs_of(figures):
         parts.append(f"## {title_of(run)}")
         for (data, temperature), rows in measured.groupby(["data", "temperature"], sort=False):
             parts += [f"### {data}, temperature {temperature:g}", side_by_side(rows)]
-            others = rows[~rows["method"].isin([STANDARD, SPECEXTEND])]
-            if not others.empty:
-                parts.append(other_methods(others))
+            if set(rows["method"]) - {STANDARD, SPECEXTEND}:
+                parts += all_methods(rows)
+            parts += tables_of(rows)
             sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
             versions = "; ".join(sorted(set(rows["versions"])))
             parts.append(f"{rows['samples'].max()} samples per length, {versions}. Files: {sources}.")
+    for path, content in read_records(results, "needle.json"):
+        parts += [f"## Needles: {title_of_records(content)}", NEEDLES, needle_table(content), file_link(path, results)]
+    for path, content in read_records(results, "analysis.json"):
+        parts += [f"## Analyses: {title_of_records(content)}", *analysis_tables(content), file_link(path, results)]
     return "\n\n".join(parts) + "\n"
+
+
+def file_link(path: Path, results: Path) -> str:
+    name = path.relative_to(results).as_posix()
+    return f"File: [{name}]({name})."
 
 
 def side_by_side(rows: pd.DataFrame) -> str:
@@ -167,17 +193,59 @@ def both(name: str, table: pd.DataFrame, *, digits: int = 2, ratio: bool = True)
     return columns | ({f"{name}: ratio": number(table[SPECEXTEND] / table[STANDARD])} if ratio else {})
 
 
-def other_methods(rows: pd.DataFrame) -> str:
-    columns = {
-        "method": rows["method"],
-        "accepted": number(rows["avg_accept_length"]),
-        "tokens/round": number(rows["tokens_per_round"]),
-        "decode tok/s": number(rows["decode_tokens_per_sec"], 1),
-        "decode speed-up": number(rows["speedup_decode"]),
-        "end-to-end speed-up": number(rows["speedup"]),
-        "equal": rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str),
-    }
-    return markdown(pd.DataFrame(columns).set_index(rows["length"]))
+def all_methods(rows: pd.DataFrame) -> Iterator[str]:
+    """Every method by length, a table per figure; what stands in brackets is said above each."""
+    yield "Draft tokens accepted per round:"
+    yield by_length(rows, "avg_accept_length")
+    yield "Decode speed-up over our autoregressive loop:"
+    yield by_length(rows, "speedup_decode")
+    yield "End-to-end speed-up over our autoregressive loop, ratio of totals (mean of the samples' ratios):"
+    yield by_length(rows, "speedup", "speedup_mean_of_ratios")
+    naive = rows[rows["method"] == NAIVE].set_index("length")
+    if not naive.empty:
+        over = rows.assign(
+            speedup=rows["avg_tokens_per_sec"] / rows["length"].map(naive["avg_tokens_per_sec"]),
+            speedup_decode=rows["decode_tokens_per_sec"] / rows["length"].map(naive["decode_tokens_per_sec"]),
+        )
+        yield "Speed-up over Hugging Face's eager `generate` on the same prompts, end to end (decoding):"
+        yield by_length(over[over["length"].isin(naive.index)], "speedup", "speedup_decode")
+    yield "Seconds to the first token:"
+    yield by_length(rows, "ttft_s")
+    if "token_s.p50" in rows:
+        percentiles = rows.assign(**{name: 1e3 * rows[f"token_s.{name}"] for name in ("p50", "p90", "p99")})
+        yield "Milliseconds per token while decoding, median (90th, 99th percentile):"
+        yield by_length(percentiles, "p50", "p90", "p99", digits=1)
+    if rows["peak_bytes"].notna().any():
+        yield "Peak GPU memory, GB:"
+        yield by_length(rows.assign(peak=rows["peak_bytes"].astype(float) / 1e9), "peak")
+    yield "Samples whose tokens are those of autoregressive decoding, of all:"
+    shares = rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str)
+    yield markdown(methods_by_lengths(rows.assign(equal=shares), "equal"))
+    yield fastest(rows)
+
+
+def by_length(rows: pd.DataFrame, figure: str, *more: str, digits: int = 2) -> str:
+    """Methods by lengths; further figures in brackets."""
+    cells = number(rows[figure], digits)
+    if more:
+        cells += " (" + pd.concat([number(rows[name], digits) for name in more], axis=1).agg(", ".join, axis=1) + ")"
+    return markdown(methods_by_lengths(rows.assign(cell=cells), "cell"))
+
+
+def methods_by_lengths(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    table = rows.pivot(index="method", columns="length", values=column)
+    return table.reindex(index=dict.fromkeys(rows["method"]), columns=list(dict.fromkeys(rows["length"])))
+
+
+def fastest(rows: pd.DataFrame) -> str:
+    """Which method wins at each length, decoding and end to end."""
+    said = []
+    for length, group in rows.groupby("length", sort=False):
+        winners = [
+            group.loc[group[figure].astype(float).idxmax(), "method"] for figure in ("speedup_decode", "speedup")
+        ]
+        said.append(f"{length}: {winners[0]}, {winners[1]}")
+    return f"Fastest while decoding, and end to end, at {'; '.join(said)}."
 
 
 def number(values: pd.Series, digits: int = 2) -> pd.Series:
@@ -188,14 +256,6 @@ def number(values: pd.Series, digits: int = 2) -> pd.Series:
 def equal(rows: pd.DataFrame, method: str) -> pd.Series:
     rows = rows[rows["method"] == method].set_index("length")
     return rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A Markdown table with the named index as its first column."""
-    header = [table.index.name, *table.columns]
-    lines = [header, ["---:"] * len(header)]
-    lines += [[length, *cells] for length, cells in zip(table.index, table.fillna("").values, strict=True)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # --- the README's short form ----------------------------------------------------------------------------------------

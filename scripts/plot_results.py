@@ -3,7 +3,8 @@
     python scripts/plot_results.py
 
 Two figures per setting (see make_tables.py), one panel per data set and temperature: draft tokens accepted per round
-against the length, and the decoding speed-up over autoregressive decoding in bars per length.
+against the length, and the decoding speed-up over autoregressive decoding in bars per length. Runs of many methods,
+needles and analyses have figures of their own (`plot_methods.py`, `plot_analyses.py`).
 """
 
 from __future__ import annotations
@@ -15,33 +16,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from make_tables import SPECEXTEND, STANDARD, read_results, runs_of, title_of
+from figure_style import LAYOUT, STYLES, line_of, note, save, shared_legend
+from make_tables import read_results, runs_of, title_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-# Okabe and Ito's colours: told apart by colour-blind readers, and by lightness, marker and hatch in grey print.
-STYLES = {
-    STANDARD: {"color": "#E69F00", "marker": "s", "linestyle": "--", "hatch": "///", "label": "standard"},
-    SPECEXTEND: {"color": "#0072B2", "marker": "o", "linestyle": "-", "hatch": "", "label": "SpecExtend"},
-}
-LAYOUT = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "hatch.linewidth": 0.6,
-    "svg.hashsalt": "specextend",  # the same figures give the same file
-}
+from plot_analyses import analysis_figures, needle_figure
+from plot_methods import method_figures
+from readings import read_records
 
 
 def main() -> None:
@@ -61,6 +45,17 @@ def main() -> None:
         ):
             figure = panels(rows, draw, title=title_of(run), label=label)
             written += save(figure, folder / f"{kind}_{name}")
+    for run, rows in runs_of(figures):
+        for (data, temperature), measured in rows.groupby(["data", "temperature"], sort=False):
+            title = f"{data}, temperature {temperature:g}; {title_of(run)}"
+            for kind, figure in method_figures(measured, title):
+                place = f"{run['folder']}_{data}_t{temperature:g}".replace("/", "-").lstrip(".-")
+                written += save(figure, folder / f"{kind}_{place}")
+    for path, content in read_records(args.results, "needle.json"):
+        written += save(needle_figure(content), folder / f"needle{place_of(path, args.results)}")
+    for path, content in read_records(args.results, "analysis.json"):
+        for part, figure in analysis_figures(content):
+            written += save(figure, folder / f"{part}{place_of(path, args.results)}")
     print(json.dumps({"written": written}))
 
 
@@ -96,12 +91,8 @@ def panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], *, ti
     grid[0, 0].set_ylim(bottom=0)  # shared; set last, once all panels are scaled
     figure.supylabel(label, fontsize=9)
     figure.supxlabel("prompt tokens (nominal)", fontsize=9)
-    entries = {
-        label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(entries.values(), entries, loc="outside upper center", ncols=len(entries), frameon=False)
-    note = f"{title}\nbands and whiskers: 10th to 90th percentile of the samples"
-    figure.text(0.5, -0.01, note, ha="center", va="top", fontsize=7, color="#555555")
+    shared_legend(figure, list(grid.flat))
+    note(figure, f"{title}\nbands and whiskers: 10th to 90th percentile of the samples")
     return figure
 
 
@@ -111,10 +102,9 @@ def draw_accepted(axes: Axes, rows: pd.DataFrame) -> None:
     for method, style in STYLES.items():
         measured = rows[rows["method"] == method]
         x = [lengths.index(length) for length in measured["length"]]
-        line = {name: style[name] for name in ("color", "marker", "linestyle", "label")}
         low, high = (measured[f"spread.avg_accept_length.{edge}"].astype(float) for edge in ("p10", "p90"))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        axes.plot(x, measured["avg_accept_length"].astype(float), markersize=5, linewidth=1.8, **line)
+        axes.plot(x, measured["avg_accept_length"].astype(float), **line_of(style))
     axes.set_xticks(range(len(lengths)), lengths)
 
 
@@ -138,6 +128,11 @@ def draw_speedup(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xticks(range(len(lengths)), lengths)
 
 
+def place_of(path: Path, results: Path) -> str:
+    """The folder of a file under `results`, for the name of its figure: `_cpu`."""
+    return "".join(f"_{part}" for part in path.parent.relative_to(results).parts)
+
+
 def slug(run: pd.Series) -> str:
     """Short name of a setting: `cpu_bundled_float32_50x10`."""
     nodes, depth = re.findall(r"\d+", run["tree"])[:2]
@@ -148,15 +143,6 @@ def slug(run: pd.Series) -> str:
 def distinct(names: list[str]) -> list[str]:
     """Names with a number behind those that occurred before."""
     return [f"{name}-{seen + 1}" if (seen := names[:index].count(name)) else name for index, name in enumerate(names)]
-
-
-def save(figure: Figure, path: Path) -> list[str]:
-    """SVG and PNG without a date, so that unchanged results give unchanged files."""
-    targets = [Path(f"{path}.svg"), Path(f"{path}.png")]
-    figure.savefig(targets[0], bbox_inches="tight", metadata={"Date": None})
-    figure.savefig(targets[1], bbox_inches="tight", dpi=200)
-    plt.close(figure)
-    return [str(target) for target in targets]
 
 
 if __name__ == "__main__":

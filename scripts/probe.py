@@ -14,8 +14,6 @@ from specextend.retrieval import CrossModelRetrieval, StreamingWindow
 from specextend.selfdraft import SparseTarget
 from specextend.tree import DraftTree
 
-CACHES = ("full", "streaming", "cmr", "target_retrieval", "target")
-
 
 class Probe:
     """A draft model under each cache, and the target over a part and over all of its own."""

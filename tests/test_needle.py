@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from eval_needle import accuracies, measure, plant
-from probe import CACHES, Probe
+from probe import Probe
+from readings import CACHES, METHODS
 from records import Records
 from training.facts import make_facts
 
+from specextend import methods
 from specextend.data import builtin_text
 
 
@@ -35,7 +37,7 @@ def test_statement_stands_at_its_depth_and_the_question_at_the_end(depth, facts)
 
 def test_far_facts_are_known_by_retrieval_and_by_the_target_alone(facts, bundled_engine):
     text, probe = bundled_engine.encode(builtin_text()), Probe(bundled_engine)
-    records = [{"length": "2K"} | measure(probe, plant(fact, text, 2048, 0.3)) for fact in facts]
+    records = [{"length": "2K", "depth": 0.3} | measure(probe, plant(fact, text, 2048, 0.3)) for fact in facts]
     found = {cache: by_length["2K"] for cache, by_length in accuracies(records).items()}
     assert found["target"] == 1 and found["cmr"] > 2.5 * found["streaming"] and found["cmr"] > 4 * found["full"]
     for record in records:
@@ -44,8 +46,8 @@ def test_far_facts_are_known_by_retrieval_and_by_the_target_alone(facts, bundled
 
 
 def test_accuracy_leaves_out_what_is_guessed_without_the_fact():
-    half = {"right": [1, 0, 1]}
-    record = {"length": "4K", "not_stated": {"right": [0, 0, 1]}} | {cache: half for cache in CACHES}
+    half = {"right": [1, 0, 1], "nll": [0.1, 3.0, 0.1]}
+    record = {"length": "4K", "depth": 0.5, "not_stated": {"right": [0, 0, 1]}} | {cache: half for cache in CACHES}
     assert accuracies([record]) == {cache: {"4K": 0.5} for cache in CACHES}
 
 
@@ -59,3 +61,7 @@ def test_records_are_measured_once_and_belong_to_one_setting(tmp_path):
     with pytest.raises(SystemExit, match="--fresh starts over"):
         Records(path, {"model": "b"})
     assert list(Records(path, {"model": "b"}, fresh=True)) == []
+
+
+def test_tables_and_figures_know_every_method():
+    assert list(METHODS) == list(methods.METHODS)
