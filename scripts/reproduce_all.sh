@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper]
+#   bundled   the pair in this checkout, no download; within 40 minutes on two CPU cores (the default)
+#   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
+# Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
+# records go (reproduced/<argument>); TABLES, what REPORT.md and figures/ are made of (OUT); SHORT and LONG, prompts per
+# length up to 4K and beyond; PYTHON. PYTHON=echo shows the commands.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:-bundled}
+python=${PYTHON:-.venv/bin/python}
+data=${DATA:-data} out=${OUT:-reproduced/$what}
+paper_tree="--nodes 50 --max_depth 10 --threshold 0.7 --min_probability 0"
+drafting="standard fa_hta_streaming specextend"
+dense="autoregressive_hf fa hta streaming cmr fa_hta"
+sparse="autoregressive prompt_lookup magicdec self_retrieval triforce"
+
+measure() { # entry point, folder of the records, data set, methods, lengths, prompts per length, further flags
+    local script=$1 folder=$2 set=$3 methods=$4 lengths=$5 samples=$6
+    shift 6
+    for method in $methods; do
+        "$python" "$script" --data_dir "$data/$set" --method "$method" --lengths $lengths -n "$samples" \
+            --output_file "$out/$folder/${set}_$method.json" "$@"
+    done
+}
+
+bundled() {
+    local short=${SHORT:-2} long=${LONG:-1} sets=() set head
+    for set in govreport pg19 booksum; do
+        if compgen -G "$data/$set/*.jsonl" > /dev/null; then sets+=("$set"); fi
+    done
+    if [ ${#sets[@]} = 0 ]; then
+        "$python" scripts/prepare_data.py --builtin --root "$data"
+        sets=(builtin)
+    fi
+    local first=${sets[0]}
+    run() { measure "$@" -r 1 -max 128; }
+
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse $dense" "1K 2K 4K" "$short"
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse $dense" 8K "$long"
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse" 16K "$long"
+    for set in "${sets[@]:1}"; do
+        run eval_classic.py cpu_tree "$set" "$drafting" "1K 4K" "$short"
+        run eval_classic.py cpu_tree "$set" "fa_hta_streaming specextend" 16K "$long"
+    done
+    for set in "${sets[@]}"; do
+        run eval_classic.py paper_tree_greedy "$set" "$drafting" "1K 4K 8K" "$long" $paper_tree
+        run eval_classic.py paper_tree_t0.8 "$set" "$drafting" "1K 4K 8K" "$long" $paper_tree --temperature 0.8
+    done
+    for head in eagle1 eagle3; do
+        run eval_eagle.py $head "$first" "standard specextend" "1K 4K" "$long" $paper_tree --head $head
+    done
+    measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 3072 --temperature 0.5
+
+    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 2K 4K 8K -n 3 --output_file "$out/needle.json"
+    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 16K -n 1 --output_file "$out/needle.json"
+    "$python" scripts/analyse.py --data_dir "$data/$first" -n 1 --output_file "$out/analysis.json"
+    "$python" scripts/analyse.py --data_dir "$data/$first" -n 3 --lengths 1K 2K 4K --only divergence entropy \
+        --output_file "$out/analysis.json"
+    if [ ! -e "$out/prefill_memory.json" ]; then
+        "$python" scripts/measure_prefill_memory.py --use_specextend --output_file "$out/prefill_memory.json"
+    fi
+}
+
+paper() {
+    local lengths="1K 2K 4K 8K 16K" samples=${SHORT:-20} runs=2 set model
+    estimate "$samples" "$runs"
+    "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data" -m vicuna_7b
+    "$python" scripts/prepare_data.py pg19 --root "$data" -m llama31_8b --lengths 32K 64K 128K
+    for set in govreport pg19 booksum; do
+        measure eval_classic.py vicuna_7b "$set" "$drafting $sparse $dense" "$lengths" "$samples" -r $runs -m vicuna_7b
+        measure eval_classic.py longchat_7b "$set" "standard specextend" "$lengths" "$samples" -r $runs -m longchat_7b
+        for model in vicuna_7b longchat_7b llama31_8b; do
+            measure eval_eagle.py ${model}_eagle "$set" "standard specextend" "$lengths" "$samples" -r $runs -m $model
+        done
+    done
+    measure eval_eagle.py llama31_8b_long pg19 "standard specextend" 32K "$samples" -r $runs -m llama31_8b
+    measure eval_eagle.py llama31_8b_long pg19 specextend "64K 128K" "$samples" -r $runs -m llama31_8b
+    measure eval_eagle.py r1_distill_llama_8b aime24 "standard specextend" all 30 -r 1 -m r1_distill_llama_8b
+    "$python" scripts/eval_needle.py -m vicuna_7b --data_dir "$data/govreport" --output_file "$out/needle.json"
+    "$python" scripts/analyse.py -m vicuna_7b --data_dir "$data/govreport" --lengths $lengths -n 5 -max 256 \
+        --output_file "$out/analysis.json"
+}
+
+estimate() { # prompts per length, runs
+    # 256 tokens by the method and 256 autoregressively at some 25 ms each, and two prefills: about 12 s on an A100
+    local generations=$((3 * (14 + 2 + 3 * 2) * 5 * $1 * $2 + 3 * $1 * $2))
+    local hours=$((generations * 12 / 3600 + 30 * 2 * 32 * 25 / 3600))
+    cat << TEXT
+paper: weights of four targets, two small drafts and four EAGLE heads, about 65 GB from the hub, and 15 GB for the data
+sets ($(df -h --output=avail . | tail -1 | tr -d ' ') free here); a GPU of 48 GB or more; $generations measurements and the long answers, about
+$hours hours on one A100. SHORT=2 takes a tenth of it. Stop it at any time: the same command goes on.
+TEXT
+}
+
+case $what in
+    bundled | paper) "$what" ;;
+    *) echo "reproduce_all.sh: $what is unknown; say bundled or paper" >&2 && exit 2 ;;
+esac
+"$python" scripts/make_tables.py --results "${TABLES:-$out}"
+"$python" scripts/plot_results.py --results "${TABLES:-$out}"
