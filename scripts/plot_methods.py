@@ -11,7 +11,14 @@ from figure_style import BLUE, GREY, ORANGE, RIVALS, STAGES, STYLES, line_of, no
 from matplotlib.figure import Figure
 from readings import METHODS
 
-ABLATION = ("standard", "fa", "hta", "streaming", "cmr", "specextend")
+ABLATION = {
+    "standard": "standard",
+    "fa": "+ FA",
+    "hta": "+ HTA",
+    "streaming": "+ Streaming-\nLLM",
+    "cmr": "+ CMR",
+    "specextend": "SpecExtend",
+}
 
 
 def method_figures(rows: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
@@ -20,7 +27,7 @@ def method_figures(rows: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure
     if methods & set(RIVALS):
         yield "acceptance", acceptance(rows, title)
     if len(methods) > 2:
-        yield "methods", speedups(rows, title)
+        yield "bars", speedups(rows, title)
     if "stages_s.verify" in rows and rows["stages_s.verify"].notna().any():
         yield "stages", stages(rows, title)
     if set(ABLATION) <= methods:
@@ -50,7 +57,7 @@ def speedups(rows: pd.DataFrame, title: str) -> Figure:
     """Bars per method, a panel per length: decoding, and end to end (a thin bar in grey)."""
     lengths = list(rows["length"].unique())
     present = [method for method in METHODS if method in set(rows["method"])]
-    size = (1.6 + 1.7 * len(lengths), 0.8 + 0.32 * len(present))
+    size = (2.6 + 1.6 * len(lengths), 1.2 + 0.32 * len(present))
     figure, panels = plt.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained")
     y = np.arange(len(present))[::-1]
     for axes, length in zip(panels[0], lengths, strict=True):
@@ -85,7 +92,7 @@ def stages(rows: pd.DataFrame, title: str) -> Figure:
     """Seconds of a generation by stage (figure 4b), a panel per length, each on its own scale."""
     lengths = list(rows["length"].unique())
     present = [method for method in METHODS if method in set(rows["method"])]
-    size = (1.6 + 2.0 * len(lengths), 1.0 + 0.27 * len(present))
+    size = (3.0 + 1.8 * len(lengths), 1.4 + 0.27 * len(present))
     figure, panels = plt.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained")
     y = np.arange(len(present))[::-1]
     for axes, length in zip(panels[0], lengths, strict=True):
@@ -114,18 +121,18 @@ def ablation(rows: pd.DataFrame, title: str) -> Figure:
     """Each part alone on top of standard, and all (table 4): acceptance and end-to-end speed over standard."""
     lengths = list(rows["length"].unique())
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    base = rows[rows["method"] == "standard"].set_index("length")["avg_tokens_per_sec"].astype(float)
+    base = rows[rows["method"] == "standard"].set_index("length")["speedup"].astype(float)
     shades = plt.get_cmap("cividis_r")(np.linspace(0.1, 0.95, len(lengths)))
     width = 0.8 / len(lengths)
     for index, length in enumerate(lengths):
-        panel = rows[rows["length"] == length].set_index("method").reindex(ABLATION)
+        panel = rows[rows["length"] == length].set_index("method").reindex(list(ABLATION))
         x = np.arange(len(ABLATION)) + (index - (len(lengths) - 1) / 2) * width
-        accepted, speed = panel["avg_accept_length"].astype(float), panel["avg_tokens_per_sec"].astype(float)
+        accepted, speed = panel["avg_accept_length"].astype(float), panel["speedup"].astype(float)
         look = {"color": shades[index], "edgecolor": "#555555", "linewidth": 0.4, "label": length}
         panels[0].bar(x, accepted, width, **look)
         panels[1].bar(x, speed / base.get(length, float("nan")), width, **look)
     for axes, label in zip(panels, ("accepted draft tokens per round", "end-to-end speed over standard"), strict=True):
-        axes.set_xticks(range(len(ABLATION)), [METHODS[method].replace(" ", "\n") for method in ABLATION], fontsize=7)
+        axes.set_xticks(range(len(ABLATION)), ABLATION.values(), fontsize=8)
         axes.set_ylabel(label)
     panels[1].axhline(1, color="black", linewidth=1, linestyle=":")
     shared_legend(figure, [panels[0]])
