@@ -15,7 +15,7 @@ ABLATION = {
     "standard": "standard",
     "fa": "+ FA",
     "hta": "+ HTA",
-    "streaming": "+ Streaming-\nLLM",
+    "streaming": "+ Stream-\ningLLM",
     "cmr": "+ CMR",
     "specextend": "SpecExtend",
 }
@@ -120,7 +120,7 @@ def stages(rows: pd.DataFrame, title: str) -> Figure:
 def ablation(rows: pd.DataFrame, title: str) -> Figure:
     """Each part alone on top of standard, and all (table 4): acceptance and end-to-end speed over standard."""
     lengths = list(rows["length"].unique())
-    figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     base = rows[rows["method"] == "standard"].set_index("length")["speedup"].astype(float)
     shades = plt.get_cmap("cividis_r")(np.linspace(0.1, 0.95, len(lengths)))
     width = 0.8 / len(lengths)
@@ -132,7 +132,7 @@ def ablation(rows: pd.DataFrame, title: str) -> Figure:
         panels[0].bar(x, accepted, width, **look)
         panels[1].bar(x, speed / base.get(length, float("nan")), width, **look)
     for axes, label in zip(panels, ("accepted draft tokens per round", "end-to-end speed over standard"), strict=True):
-        axes.set_xticks(range(len(ABLATION)), ABLATION.values(), fontsize=8)
+        axes.set_xticks(range(len(ABLATION)), ABLATION.values(), fontsize=7)
         axes.set_ylabel(label)
     panels[1].axhline(1, color="black", linewidth=1, linestyle=":")
     shared_legend(figure, [panels[0]])
