@@ -11,6 +11,7 @@ from specextend.errors import ConfigError
 from specextend.hugging_face import plain_twin
 from specextend.lookup import continuation
 from specextend.methods import METHODS, find_method, name_of
+from specextend.selfdraft import HierarchicalDrafter
 
 TREE = TreeConfig(nodes=12, max_depth=4, threshold=0.1)
 RETRIEVAL = RetrievalConfig(chunk_size=8, top_k=6, every_n_steps=2)
@@ -198,3 +199,10 @@ def test_a_self_draft_over_the_full_cache_is_refused():
     assert "full" in DRAFT_CACHES
     with pytest.raises(ConfigError, match="the target itself"):
         SpecExtendConfig(draft="self")
+
+
+def test_an_eagle_head_is_no_small_draft_for_the_sparse_target(engine_of):
+    engine = engine_of("triforce")
+    head = type("Head", (), {"tap": object()})()
+    with pytest.raises(ConfigError, match="triforce drafts with a small LM"):
+        HierarchicalDrafter(head, engine._drafter._sparse, engine.config)
