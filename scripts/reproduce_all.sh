@@ -18,10 +18,8 @@ sparse="autoregressive prompt_lookup magicdec self_retrieval triforce"
 measure() { # entry point, folder of the records, data set, methods, lengths, prompts per length, further flags
     local script=$1 folder=$2 set=$3 methods=$4 lengths=$5 samples=$6
     shift 6
-    for method in $methods; do
-        "$python" "$script" --data_dir "$data/$set" --method "$method" --lengths $lengths -n "$samples" \
-            --output_file "$out/$folder/${set}_$method.json" "$@"
-    done
+    "$python" "$script" --data_dir "$data/$set" --method $methods --lengths $lengths -n "$samples" \
+        --output_file "$out/$folder/${set}_{method}.json" "$@"
 }
 
 bundled() {

@@ -12,7 +12,7 @@ from rich.console import Console
 from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError, SpecExtendError
-from specextend.methods import METHODS, Method, find_method
+from specextend.methods import METHODS, find_method
 from specextend.models import PRESETS, LoadedModels
 
 
@@ -50,10 +50,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 
 
-def add_method_flags(parser: argparse.ArgumentParser) -> None:
+def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Flags for what decodes; `several`: `--method` takes more than one name."""
     group = parser.add_argument_group("method")
     switch = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
-    _add(group, "--method", str, "what decodes, by name; standard tree speculative decoding without it", metavar="NAME")
+    named = {"metavar": "NAME"} | ({"nargs": "+"} if several else {})
+    _add(group, "--method", str, "what decodes, by name; standard tree speculative decoding without it", **named)
     group.add_argument("--list_methods", action=_ListMethods, help="print the names and what they mean")
     group.add_argument(
         "--use_specextend", action="store_true", help="all parts of SpecExtend: the same as --method specextend"
@@ -87,17 +89,26 @@ def sampling_from(args: argparse.Namespace, temperature: float = 0.0) -> Samplin
     return SamplingConfig(getattr(args, "temperature", temperature), args.top_p, args.top_k, args.seed)
 
 
-def method_from(args: argparse.Namespace) -> Method:
-    """The method the flags name; their switches, sizes and trees come on top of it (`config_from`)."""
+def methods_from(args: argparse.Namespace) -> list[str]:
+    """Names of the methods the flags ask for; switches, sizes and trees come on top of each (`config_from`)."""
     named = getattr(args, "method", None)
-    if args.use_specextend and named not in (None, "specextend"):
-        raise ConfigError(f"--use_specextend is --method specextend, which contradicts --method {named}; give one")
-    return find_method("specextend" if args.use_specextend else named or "standard")
+    names = [named] if isinstance(named, str) else named
+    if args.use_specextend and names not in (None, ["specextend"]):
+        raise ConfigError(
+            f"--use_specextend is --method specextend, which contradicts --method {' '.join(names)}; give one"
+        )
+    for name in names or ():
+        find_method(name)
+    return names or ["specextend" if args.use_specextend else "standard"]
 
 
-def config_from(args: argparse.Namespace, models: LoadedModels) -> SpecExtendConfig:
-    """The setting the flags ask for; what they leave open is the preset's for this device, then the paper's."""
-    base = method_from(args).config(default_tree(models), models.preset.retrieval)
+def config_from(args: argparse.Namespace, models: LoadedModels, method: str | None = None) -> SpecExtendConfig:
+    """The setting the flags ask for; what they leave open is the preset's for this device, then the paper's.
+
+    Args:
+        method: one of `methods_from`; None takes the first.
+    """
+    base = find_method(method or methods_from(args)[0]).config(default_tree(models), models.preset.retrieval)
     retrieval = {
         "chunk_size": "retrieval_chunk_size",
         "top_k": "retrieve_top_k",

@@ -13,8 +13,9 @@ from pathlib import Path
 from specextend import cli
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
+from specextend.errors import ConfigError
 from specextend.evaluate import Plan, evaluate, read_buckets, require_positive
-from specextend.methods import name_of
+from specextend.methods import METHODS, name_of
 from specextend.models import LoadedModels, find_preset, load_models
 from specextend.prepare import ensure_data
 from specextend.prompts import gather_prompts
@@ -31,7 +32,8 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
     """The target with a small language model as draft, as the flags of `cli.add_model_flags` say."""
     draft = getattr(args, "draft_model", None)
     # a method that needs no draft does without where none is known
-    with_draft = cli.method_from(args).drafts_with_model or bool(draft or find_preset(args.model_name).draft)
+    needed = any(METHODS[name].drafts_with_model for name in cli.methods_from(args))
+    with_draft = needed or bool(draft or find_preset(args.model_name).draft)
     return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft)
 
 
@@ -82,14 +84,18 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="new tokens per generation at most; 256, for problems to reason about 32K or what the model holds",
     )
-    output.add_argument("--output_file", type=Path, help="results/<data>_<model>_<method>.json without it")
+    output.add_argument(
+        "--output_file",
+        type=Path,
+        help="results/<data>_<model>_<method>.json without it; {method} in it stands for the name",
+    )
     output.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    cli.add_method_flags(parser)
+    cli.add_method_flags(parser, several=True)
     cli.add_sampling_flags(parser)
 
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
-    """Measure the data set the flags name, each prompt beside its autoregressive decoding; print the figures."""
+    """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
     typed = getattr(args, "max_gen_len", 1)
     require_positive(
         samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=typed
@@ -98,6 +104,7 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     buckets = read_buckets(data_dir, args.samples_per_length, args.lengths or ())
     reasoning = data_dir.resolve().name in REASONING
     sampling = cli.sampling_from(args, REASONING_TEMPERATURE if reasoning else 0.0)
+    outputs = _output_files(args.output_file, cli.methods_from(args))
     models = load()
     engine = SpecExtend(models, cli.config_from(args, models))
     new_tokens = min(REASONING_TOKENS, engine.fits(PROBLEM_TOKENS)) if reasoning else NEW_TOKENS
@@ -108,4 +115,16 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
         max_new_tokens=getattr(args, "max_gen_len", new_tokens),
         sampling=sampling,
     )
-    print(json.dumps(evaluate(engine, plan, args.output_file, fresh=args.fresh)))
+    for index, (method, output_file) in enumerate(outputs.items()):
+        if index:
+            engine = engine.with_config(cli.config_from(args, models, method))
+        print(json.dumps(evaluate(engine, plan, output_file, fresh=args.fresh)))
+
+
+def _output_files(template: Path | None, methods: list[str]) -> dict[str, Path | None]:
+    """Each method's per-length file; None is the default one."""
+    if template is None:
+        return dict.fromkeys(methods)
+    if len(methods) > 1 and "{method}" not in str(template):
+        raise ConfigError(f"output_file is {template} for {len(methods)} methods; put {{method}} into its name")
+    return {method: Path(str(template).replace("{method}", method)) for method in methods}

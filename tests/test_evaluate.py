@@ -290,7 +290,7 @@ def test_eval_classic_prints_the_summary_as_json_on_its_last_line(data_dir, tmp_
     engine = ScriptedEngine()
     monkeypatch.setattr(entry, "load_models", lambda *_, **__: engine.models)
     monkeypatch.setattr(entry, "SpecExtend", lambda *_: engine)
-    monkeypatch.setattr(entry.cli, "config_from", lambda args, models: engine.config)
+    monkeypatch.setattr(entry.cli, "config_from", lambda args, models, *_: engine.config)
     output = tmp_path / "toy.json"
     flags = ["--data_dir", data_dir, "-n", 2, "-r", 1, "--max_gen_len", 25, "--output_file", output, "--lengths", "1K"]
     monkeypatch.setattr("sys.argv", ["eval_classic.py", *map(str, flags)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from specextend import cli
+from specextend import cli, entry
 from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ConfigError
 from specextend.hugging_face import plain_twin
@@ -173,16 +175,28 @@ def test_methods_that_share_the_fast_parts_differ_in_the_draft_alone():
     "flags", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
 )
 def test_use_specextend_is_the_method_of_that_name(flags):
-    assert cli.method_from(parse(*flags)) is METHODS["specextend"]
+    assert cli.methods_from(parse(*flags)) == ["specextend"]
 
 
 def test_without_flags_the_method_is_standard():
-    assert cli.method_from(parse()) is METHODS["standard"]
+    assert cli.methods_from(parse()) == ["standard"]
+
+
+def test_evaluations_take_several_methods_each_with_its_own_file():
+    parser = cli.parser("test")
+    entry.add_eval_flags(parser)
+    names = cli.methods_from(parser.parse_args(["--method", "cmr", "magicdec"]))
+    assert names == ["cmr", "magicdec"]
+    assert entry._output_files(None, names) == {"cmr": None, "magicdec": None}
+    files = entry._output_files(Path("a/x_{method}.json"), names)
+    assert files == {"cmr": Path("a/x_cmr.json"), "magicdec": Path("a/x_magicdec.json")}
+    with pytest.raises(ConfigError, match=r"a\.json for 2 methods; put \{method\} into its name"):
+        entry._output_files(Path("a.json"), names)
 
 
 def test_contradicting_and_unknown_methods_are_refused():
     with pytest.raises(ConfigError, match="contradicts --method standard"):
-        cli.method_from(parse("--use_specextend", "--method", "standard"))
+        cli.methods_from(parse("--use_specextend", "--method", "standard"))
     with pytest.raises(ConfigError, match="'medusa' is unknown; choose one of autoregressive, "):
         find_method("medusa")
 
