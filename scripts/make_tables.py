@@ -1,6 +1,7 @@
 """Markdown tables from the per-length files under results/: standard and SpecExtend side by side.
 
     python scripts/make_tables.py                      # writes results/REPORT.md
+    python scripts/make_tables.py --html               # and REPORT.html, one file with the figures in it
     python scripts/make_tables.py --readme README.md   # and the short form between the README's results markers
 
 A table shows what was measured under one setting: same folder, data, models, dtype, hardware, tree, new tokens and
@@ -20,6 +21,7 @@ from typing import Any
 import pandas as pd
 from beside_paper import analysis_tables, markdown, needle_table, tables_of
 from readings import METHODS, read_records, title_of_records
+from report_html import html_report
 
 STANDARD, SPECEXTEND, NAIVE = "standard", "specextend", "autoregressive_hf"
 SPEEDUPS = ("speedup_decode", "speedup")
@@ -45,6 +47,10 @@ def main() -> None:
     report = args.results / "REPORT.md"
     report.write_text(full_report(figures, args.results), encoding="utf-8")
     written = [str(report)]
+    if args.html:
+        page = report.with_suffix(".html")
+        page.write_text(html_report(report.read_text(encoding="utf-8"), args.results / "figures"), encoding="utf-8")
+        written.append(str(page))
     if args.readme:
         fill_readme(args.readme, short_report(figures))
         written.append(str(args.readme))
@@ -54,6 +60,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the per-length files")
+    parser.add_argument("--html", action="store_true", help="also REPORT.html, with the figures inside it")
     parser.add_argument("--readme", type=Path, help="file whose text between the results markers is replaced")
     return parser.parse_args()
 

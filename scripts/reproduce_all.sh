@@ -3,7 +3,7 @@
 #   bundled   the pair in this checkout, no download; within 40 minutes on two CPU cores (the default)
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
-# records go (reproduced/<argument>); TABLES, what REPORT.md and figures/ are made of (OUT); SHORT and LONG, prompts per
+# records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and LONG, prompts per
 # length up to 4K and beyond; PYTHON. PYTHON=echo shows the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -95,5 +95,5 @@ case $what in
     bundled | paper) "$what" ;;
     *) echo "reproduce_all.sh: $what is unknown; say bundled or paper" >&2 && exit 2 ;;
 esac
-"$python" scripts/make_tables.py --results "${TABLES:-$out}"
 "$python" scripts/plot_results.py --results "${TABLES:-$out}"
+"$python" scripts/make_tables.py --html --results "${TABLES:-$out}"

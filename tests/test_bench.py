@@ -404,6 +404,9 @@ def test_plots_are_drawn_for_every_setting_and_do_not_change_with_the_date(tmp_p
     written = [Path(path) for path in json.loads(first.stdout.splitlines()[-1])["written"]]
     assert sorted(path.suffix for path in written) == [".png"] * 3 + [".svg"] * 3  # stages, too
     assert all(path.parent == results / "figures" and path.stat().st_size > 5000 for path in written)
+    assert run_script("make_tables.py", "--results", results, "--html").returncode == 0
+    page = (results / "REPORT.html").read_text()
+    assert page.count("<img") == 3 and "<td>2.00</td>" in page and "<h1>Results</h1>" in page and "| " not in page
     before = {path: path.read_bytes() for path in written}
     assert run_script("plot_results.py", "--results", results).returncode == 0
     assert {path: path.read_bytes() for path in written} == before

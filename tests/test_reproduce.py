@@ -36,7 +36,7 @@ def test_every_method_is_measured_and_ends_in_tables_and_figures(what, tmp_path)
     assert {method for methods in measured for method in methods} == set(METHODS)
     names = [Path(line.split()[0]).name for line in commands]
     assert {"eval_classic.py", "eval_eagle.py", "eval_needle.py", "analyse.py"} < set(names)
-    assert names[-2:] == ["make_tables.py", "plot_results.py"]
+    assert names[-2:] == ["plot_results.py", "make_tables.py"]
     files = [flag(line, "--output_file") for line in commands if flag(line, "--output_file")]
     assert all(Path(file).is_relative_to(tmp_path / "out") for file in files)
 
