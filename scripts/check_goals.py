@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pandas as pd
 from beside_paper import markdown
-from make_tables import SPECEXTEND, STANDARD, pivot, read_results
+from make_tables import SPECEXTEND, STANDARD, pivot, read_results, runs_of
+from readings import needle_shares, read_records
 
+WINDOW = "fa_hta_streaming"
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
 HEADS = ("eagle1", "eagle3")
 INTRODUCTION = """# Goals
@@ -48,7 +50,8 @@ def main() -> None:
     figures = read_results(results)
     if figures.empty:
         sys.exit(f"no per-length files under {results}")
-    goals = [*pair_goals(figures), *head_goals(figures), *memory_goals(results)]
+    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures), *needle_goals(results)]
+    goals += memory_goals(results)
     goals = [goal for goal in goals if not pd.isna(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
     print(json.dumps({"goals": len(goals), "met": sum(goal.is_met for goal in goals)}))
@@ -106,6 +109,39 @@ def head_goals(figures: pd.DataFrame) -> Iterator[Goal]:
     for where in dict.fromkeys(where for _, where in at_1k):
         found = at_1k.get(("eagle3", where), float("nan")) / at_1k.get(("eagle1", where), float("nan"))
         yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
+
+
+def rival_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+    """From 4K up: SpecExtend against the same with a StreamingLLM cache, and against the fastest of all others."""
+    for run, measured_ in runs_of(figures):
+        for (data, temperature), rows in measured_.groupby(["data", "temperature"], sort=False):
+            accepted, decode = (
+                rows.pivot(index="length", columns="method", values=name).astype(float)
+                for name in ("avg_accept_length", "speedup_decode")
+            )
+            others = decode.columns.drop(SPECEXTEND, errors="ignore")
+            if SPECEXTEND not in decode or not set(others) - {STANDARD}:
+                continue
+            for length in [length for length in FAR[1:] if length in decode.index]:
+                where = f"{run['folder']}, {data}, temperature {temperature:g}, {length}"
+                if WINDOW in accepted:
+                    kept = accepted[SPECEXTEND][length] / accepted[WINDOW][length]
+                    yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept)
+                best = decode.loc[length, others].astype(float)
+                lead = decode[SPECEXTEND][length] / best.max()
+                yield Goal("decode speed, SpecExtend over the best other", f"{where} ({best.idxmax()})", 1.0, lead)
+
+
+def needle_goals(results: Path) -> Iterator[Goal]:
+    """What the draft knows of a planted fact, by cache."""
+    for path, content in read_records(results, "needle.json"):
+        shares = needle_shares(content["records"], ["length"])
+        accuracy = shares.pivot(index="length", columns="cache", values="accuracy")
+        for length in [length for length in FAR[1:] if length in accuracy.index]:
+            where = f"{path.parent.name}, {length}"
+            for other, bound in (("streaming", 2.5), ("full", 4.0)):
+                lead = (accuracy["cmr"] / accuracy[other])[length]
+                yield Goal(f"needle accuracy, CMR over the {other} cache", where, bound, lead)
 
 
 def memory_goals(results: Path) -> Iterator[Goal]:

@@ -367,7 +367,7 @@ def test_tables_name_the_file_where_two_share_a_method(tmp_path):
 
 def test_goals_are_listed_whether_met_or_not(tmp_path):
     folder = tmp_path / "cpu" / "paper_tree_greedy"
-    for method, accepted in (("standard", 2.0), ("specextend", 3.0)):
+    for method, accepted in (("standard", 2.0), ("specextend", 3.0), ("fa_hta_streaming", 2.5)):
         write_results(folder / f"govreport_{method}.json", method, accepted)
     memory = {"prompt_tokens": 16000, "peak_over_count": 1.3}
     (tmp_path / "cpu" / "prefill_memory.json").write_text(json.dumps(memory))
@@ -377,6 +377,10 @@ def test_goals_are_listed_whether_met_or_not(tmp_path):
     ratio = "| accepted, SpecExtend over standard | govreport, temperature 0, paper's tree,"
     assert f"{ratio} 512 | at least 1.00 | 1.50 | yes |" in lines
     assert f"{ratio} 16K | at least 1.90 | 1.50 | **no** |" in lines
+    where = "cpu/paper_tree_greedy, govreport, temperature 0, 16K"
+    assert f"| accepted, SpecExtend over a StreamingLLM cache | {where} | at least 1.00 | 1.50 | yes |" in lines
+    best = f"{where} (fa_hta_streaming)"
+    assert f"| decode speed, SpecExtend over the best other | {best} | at least 1.00 | 1.20 | yes |" in lines
     assert any("peak memory" in line and "at most 1.20 | 1.30 | **no**" in line for line in lines)
     counts = json.loads(done.stdout)
     assert counts["goals"] == sum("| at " in line for line in lines) and counts["met"] < counts["goals"]
