@@ -108,9 +108,10 @@ def long_texts(engine: SpecExtend, data_dir: Path | None, length: int, count: in
 def measure(probe: Probe, needle: Needle) -> dict[str, dict[str, list]]:
     """Which answer tokens are right, and their negative log-likelihood in nats, by cache; the root is the question's
     last token."""
-    context, read = needle.context[:-1], torch.cat((needle.context[-1:], needle.answer[:-1]))
-    logits = probe.logits(context, read) | {"not_stated": probe.draft_alone(needle.without[:-1], read)}
-    return {cache: _graded(one, needle.answer) for cache, one in logits.items()}
+    context, without, answer = (part.to(probe.device) for part in (needle.context, needle.without, needle.answer))
+    read = torch.cat((context[-1:], answer[:-1]))
+    logits = probe.logits(context[:-1], read) | {"not_stated": probe.draft_alone(without[:-1], read)}
+    return {cache: _graded(one, answer) for cache, one in logits.items()}
 
 
 def _graded(logits: Tensor, answer: Tensor) -> dict[str, float]:

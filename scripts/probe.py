@@ -21,7 +21,7 @@ class Probe:
     def __init__(self, engine: SpecExtend):
         if engine._drafter.tap is not None:
             raise InputError("an EAGLE head cannot be probed alone; give a small language model as draft")
-        config = engine.config
+        config, self.device = engine.config, engine.models.device
         self._target, self._windowed = engine._target, engine._drafter
         full = METHODS["fa_hta"].config(config.tree, config.retrieval)
         self._whole = engine.with_config(replace(full, draft_window=0))._drafter
