@@ -43,9 +43,14 @@ class Method:
     def config(self, tree: TreeConfig, retrieval: RetrievalConfig) -> SpecExtendConfig:
         """Its setting in a run with this tree and this retrieval."""
         if self.chunk_size is not None:
-            chunks = max(retrieval.top_k * retrieval.chunk_size // self.chunk_size, retrieval.sink + retrieval.recent)
-            retrieval = replace(retrieval, chunk_size=self.chunk_size, top_k=chunks)
+            retrieval = _rechunked(retrieval, self.chunk_size)
         return SpecExtendConfig(**self.switches, tree=self.chain or tree, retrieval=retrieval)
+
+
+def _rechunked(retrieval: RetrievalConfig, size: int) -> RetrievalConfig:
+    """The same tokens in chunks of `size`: kept in all, at the beginning and newest."""
+    chunks = {name: -(-getattr(retrieval, name) * retrieval.chunk_size // size) for name in ("top_k", "sink", "recent")}
+    return replace(retrieval, chunk_size=size, **chunks)
 
 
 METHODS = {
