@@ -220,3 +220,15 @@ def test_an_eagle_head_is_no_small_draft_for_the_sparse_target(engine_of):
     head = type("Head", (), {"tap": object()})()
     with pytest.raises(ConfigError, match="triforce drafts with a small LM"):
         HierarchicalDrafter(head, engine._drafter._sparse, engine.config)
+
+
+@pytest.mark.parametrize("kind", ["mha", "qwen3", "llama3", "dynamic"])
+@pytest.mark.parametrize("method", ["autoregressive_hf", "prompt_lookup", "magicdec", "self_retrieval", "triforce"])
+def test_rivals_are_lossless_on_other_families_and_rotary_embeddings(
+    method, kind, make_model, perturbed, make_engine, make_prompt
+):
+    target = make_model(kind)
+    engine = make_engine(target, perturbed(target, 0.05), METHODS[method].config(TREE, RETRIEVAL))
+    for length in (150, 40):
+        prompt = make_prompt(length)
+        assert engine.generate(prompt, 24).token_ids == engine.autoregressive(prompt, 24).token_ids
