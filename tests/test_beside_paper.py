@@ -24,7 +24,8 @@ def measured(data: str, temperature: float, model: str, draft: str, lengths: lis
     [
         (("govreport", 0.0, "bundled", "bundled/draft", ["1K", "512"]), "table 2 (vicuna_7b, vicuna_68m)",
          "| 1K | 2.73 → 3.80 | 1.00 → 2.00 | 1.78 → 2.28 | 1.00 → 2.00 |"),
-        (("pg19", 0.0, "longchat_7b", "x/EAGLE-longchat", ["2K"]), "table 2 (longchat_7b, eagle)", "| 2K | 3.00 → 3.02 |"),
+        (("pg19", 0.0, "longchat_7b", "x/EAGLE-longchat", ["2K"]), "table 2 (longchat_7b, eagle)",
+         "| 2K | 3.00 → 3.02 |"),
         (("govreport", 0.0, "llama31_8b", "x/EAGLE3", ["16K"]), "table 5", "| 16K | 1.49 → 3.80 | 1.00 → 2.00 |"),
         (("pg19", 0.0, "llama31_8b", "x/EAGLE3", ["64K"]), "table 6", "| 64K | – → 2.71 | 1.00 → 2.00 | – → – |"),
         (("aime24", 0.5, "r1_distill_llama_8b", "x/EAGLE3", ["all"]), "figure 6",
