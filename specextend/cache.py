@@ -13,6 +13,8 @@ from transformers import PretrainedConfig
 from specextend.errors import CapacityError
 from specextend.rope import Rope
 
+CAPTURED_STEP = 4096  # tokens
+
 
 def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     """(layers, KV heads, head dim) of a Llama-like model's cache."""
@@ -53,6 +55,8 @@ class KVCache:
         if capacity <= self.capacity:
             return
         layers, heads, dim = self._shape
+        if self._options["device"].type == "cuda":  # captured graphs point at the buffer: let it move rarely
+            capacity = -(-capacity // CAPTURED_STEP) * CAPTURED_STEP
         # free first: two caches at once may not fit
         self._buffer = None
         try:
@@ -124,7 +128,7 @@ class DraftCache:
             self.working.reset(capacity + tree_slots)
         else:
             self.full.reset(capacity)
-            self.working.reset(min(self._working_capacity, capacity) + tree_slots)
+            self.working.reset(self._working_capacity + tree_slots)  # always the same: captured steps point at it
 
     def append(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store un-rotated `key` and `value` [1, H_kv, T, D] of the next T tokens of the context.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from specextend.errors import ConfigError
 
 DraftCacheKind = Literal["full", "streaming", "retrieval"]
@@ -103,14 +105,15 @@ class SpecExtendConfig:
         flash_prefill: FlashAttention prefill of target and draft, in blocks, in memory linear in the prompt.
         hybrid_tree_attention: verification as prefix part + tree part merged by log-sum-exp; off: dense attention.
         draft_cache: what the draft attends to: everything, sink + recent chunks, or retrieved chunks.
-        prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once.
+        prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once. 0 leaves it to
+            the device.
         draft_window: sliding window of the draft's flash prefill in tokens; 0 is full causal attention.
     """
 
     flash_prefill: bool = False
     hybrid_tree_attention: bool = False
     draft_cache: DraftCacheKind = "full"
-    prefill_block: int = 1024
+    prefill_block: int = 0
     draft_window: int = 512
     tree: TreeConfig = field(default_factory=TreeConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
@@ -120,7 +123,7 @@ class SpecExtendConfig:
             self.draft_cache in DRAFT_CACHES,
             f"draft_cache is {self.draft_cache!r}; choose one of {', '.join(DRAFT_CACHES)}",
         )
-        _require(self.prefill_block >= 1, f"prefill_block is {self.prefill_block}; it must be at least 1 token")
+        _require(self.prefill_block >= 0, f"prefill_block is {self.prefill_block}; it must be 0 (auto) or more tokens")
         _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
 
     @property
@@ -142,3 +145,10 @@ class SpecExtendConfig:
     def specextend(cls, **settings) -> SpecExtendConfig:
         """SpecExtend with all of its parts."""
         return replace(cls(flash_prefill=True, hybrid_tree_attention=True, draft_cache="retrieval"), **settings)
+
+
+def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:
+    """Tokens per prefill block; None runs the whole prompt at once."""
+    if not config.flash_prefill:
+        return None
+    return config.prefill_block or (4096 if device.type == "cuda" else 1024)

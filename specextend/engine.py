@@ -5,6 +5,7 @@ All switches are resolved here, once, into objects; nothing below asks what is o
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from specextend.attention import attention
 from specextend.cache import KVCache
-from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, prefill_block
 from specextend.data import encode_prompt
 from specextend.drafter import Drafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
@@ -26,7 +27,9 @@ from specextend.text import TextStream
 from specextend.verify import chooser
 
 GREEDY = SamplingConfig()
+MAX_SLOTS = 128  # of a tree whose verification is captured
 Observer = Callable[[Output, Round | None], None]
+Loop = Callable[[SamplingConfig, Tensor, Output], Iterator[Round | None]]
 
 
 class SpecExtend:
@@ -36,10 +39,14 @@ class SpecExtend:
         models: as `load_models` gives them.
         config: None takes SpecExtend with all of its parts, with the preset's tree for the device.
         cache: the target's KV cache, shared by engines that take turns; None makes one.
+        eager: never capture CUDA graphs, which a GPU does by default where the models allow it.
     """
 
-    def __init__(self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None):
-        self.models = models
+    def __init__(
+        self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None,
+        eager: bool = False,
+    ):  # fmt: skip
+        self.models, self._eager = models, eager
         self.config = config or default_config(models)
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
@@ -48,6 +55,7 @@ class SpecExtend:
         flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
         self._baseline = _build_target(models, flash, self._cache)
         self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
+        self._speculative, self._autoregressive = self._loops(captures=not eager and can_capture(models))
 
     @classmethod
     def from_pretrained(
@@ -58,13 +66,14 @@ class SpecExtend:
         config: SpecExtendConfig | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        eager: bool = False,
     ) -> SpecExtend:
         """Load `target` (a preset's name, a directory or a hub id) and its draft."""
-        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config)
+        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config, eager=eager)
 
     def with_config(self, config: SpecExtendConfig) -> SpecExtend:
         """The same models, and the same memory for the target's cache, under another setting."""
-        return SpecExtend(self.models, config, cache=self._cache)
+        return SpecExtend(self.models, config, cache=self._cache, eager=self._eager)
 
     @property
     def limit(self) -> int:
@@ -110,7 +119,7 @@ class SpecExtend:
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
         ids, output = self._begin(prompt, max_new_tokens, stop, 1)
-        return self._finish(autoregressive(self._baseline, chooser(sampling), ids, output), output, on_round)
+        return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
 
     def stream(self, prompt: str | Tensor, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation."""
@@ -127,7 +136,25 @@ class SpecExtend:
         if self._drafter is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
         ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
-        return speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output), output
+        return self._speculative(sampling, ids, output), output
+
+    def _loops(self, *, captures: bool) -> tuple[Loop, Loop]:
+        """How this engine decodes: speculatively, and autoregressively."""
+
+        def speculate(sampling, ids, output):
+            return speculative(self._target, self._drafter, self._retriever, chooser(sampling), ids, output)
+
+        def decode(sampling, ids, output):
+            return autoregressive(self._baseline, chooser(sampling), ids, output)
+
+        if not captures:
+            return speculate, decode
+        from specextend.graphs import CapturedDecoding, CapturedSpeculation
+
+        drafter, tree = self._drafter, self.config.tree
+        fits = drafter and drafter.fits_kernels and tree.nodes < MAX_SLOTS and self.config.hybrid_tree_attention
+        captured = CapturedSpeculation(self._target, drafter, self._retriever, tree) if fits else speculate
+        return captured, CapturedDecoding(self._baseline)
 
     def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
         """Check the request against the models before anything runs."""
@@ -170,6 +197,15 @@ class SpecExtend:
         return output.result(torch.cuda.max_memory_allocated(self.models.device) if cuda else None)
 
 
+def can_capture(models: LoadedModels) -> bool:
+    """Whether rounds can be captured as CUDA graphs: on a GPU with Triton, for targets the kernels compute."""
+    if models.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from specextend.fused import fits
+
+    return fits(models.target)
+
+
 def default_config(models: LoadedModels) -> SpecExtendConfig:
     """All parts of SpecExtend, with the tree and the retrieval of the preset."""
     return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
@@ -188,7 +224,7 @@ def _build_target(
         cache,
         prefill_attention=attention(hybrid=config.flash_prefill),
         tree_attention=attention(hybrid=config.hybrid_tree_attention),
-        prefill_block=config.prefill_block if config.flash_prefill else None,
+        prefill_block=prefill_block(config, models.device),
         tap=tap,
     )
 
