@@ -39,6 +39,7 @@ from specextend.widen import SHAPES, widen
 PARTS = ("bandwidth", "kernels", "prefill", "stages", "decode", "eagle", "trace", "long")
 REPEATS = 20
 DRAFT_SHAPE = {"vicuna_7b": "vicuna_68m", "llama31_8b": None}
+EAGER_TOKENS = 24  # of the methods that take 60 ms a round
 EAGLE_VOCAB = 32000  # draft vocabulary of the published EAGLE-3 heads
 EAGLE_RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)
 GIB = 1 << 30
@@ -65,6 +66,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2, help="prompts per data set and length")
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--decode_seconds", type=float, default=140.0, help="for decoding prompts, per pair of models")
     parser.add_argument("--output", type=Path, default=Path("results/gpu"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -152,6 +154,7 @@ class Bench:
         rows = []
         for length in self.args.lengths:
             prompt = self.prompt(length)
+            self.hugging_face(prompt, 1)
             ours = [self.engine.generate(prompt, 1).prefill_seconds for _ in range(4)][1:]
             rows.append(
                 {
@@ -208,22 +211,36 @@ class Bench:
             "standard captured": self.engine.with_config(best_standard),
             "standard": self.engine.with_config(standard),
         }
-        return [row for prompt in self.prompts() for row in self.decode_one(engines, *prompt)]
+        return self.decode_all(engines, self.args.lengths, self.args.samples)
 
-    def decode_one(self, engines: dict[str, SpecExtend], name: str, length: int, ids: Tensor) -> Iterator[dict]:
+    def decode_all(self, engines: dict[str, SpecExtend], lengths: list[int], samples: int) -> list[dict]:
+        """Every prompt at every temperature, until the time for it is over."""
+        rows, began = [], time.monotonic()
         for temperature in self.args.temperatures:
-            sampling = SamplingConfig(temperature=temperature)
-            alone = self.engine.autoregressive(ids, self.args.new_tokens, sampling=sampling)
-            about = {"data": name, "tokens": length, "temperature": temperature, "prompt_tokens": len(ids)}
-            yield about | self.row("autoregressive captured", alone)
-            for method, engine in engines.items():
-                few = method == "standard" and self.args.new_tokens > 64  # eager: 60 ms a round
-                generation = engine.generate(ids, 64 if few else self.args.new_tokens, sampling=sampling)
-                row = about | self.row(method, generation)
-                part = first_difference(generation.token_ids, alone.token_ids[: generation.new_tokens])
-                yield row | {"first_difference": part, "gap": self.gap(ids, alone.token_ids, part, sampling)}
-            if temperature == 0:
-                yield about | {"method": "autoregressive Hugging Face"} | self.hugging_face(ids, 12)
+            for prompt in self.prompts(lengths, samples):
+                if time.monotonic() - began > self.args.decode_seconds:
+                    self.note(f"decode stops after {self.args.decode_seconds:.0f}s, {len(rows)} rows")
+                    return rows
+                rows += self.decode_one(engines, temperature, *prompt)
+        return rows
+
+    def decode_one(
+        self, engines: dict[str, SpecExtend], temperature: float, name: str, length: int, ids: Tensor
+    ) -> Iterator[dict]:
+        sampling = SamplingConfig(temperature=temperature)
+        alone = self.engine.autoregressive(ids, self.args.new_tokens, sampling=sampling)
+        about = {"data": name, "tokens": length, "temperature": temperature, "prompt_tokens": len(ids)}
+        yield about | self.row("autoregressive captured", alone)
+        for method, engine in engines.items():
+            if method == "standard" and temperature:
+                continue
+            new_tokens = EAGER_TOKENS if method == "standard" else self.args.new_tokens
+            generation = engine.generate(ids, new_tokens, sampling=sampling)
+            row = about | self.row(method, generation)
+            part = first_difference(generation.token_ids, alone.token_ids[: generation.new_tokens])
+            yield row | {"first_difference": part, "gap": self.gap(ids, alone.token_ids, part, sampling)}
+        if not temperature:
+            yield about | {"method": "autoregressive Hugging Face"} | self.hugging_face(ids, 12)
 
     def eagle(self) -> list[dict]:
         """Stages and decoding with the EAGLE heads in their 7B shapes."""
@@ -238,7 +255,7 @@ class Bench:
                 cache=self.engine._cache,
             )  # fmt: skip
             rows.append({"head": head, "stages": self.stages_at(engine, self.args.lengths[-1])})
-            rows[-1]["decode"] = [row for prompt in self.prompts(1) for row in self.decode_one({head: engine}, *prompt)]
+            rows[-1]["decode"] = self.decode_all({head: engine}, self.args.lengths[1::4], 1)
         return rows
 
     def trace(self) -> dict:
@@ -303,15 +320,16 @@ class Bench:
             self._text = self.engine.encode("\n".join(texts) or builtin_text())
         return self._text.repeat(-(-length // len(self._text)))[:length]
 
-    def prompts(self, samples: int | None = None) -> Iterator[tuple[str, int, Tensor]]:
-        """(data set, nominal length, ids) of the prompts to decode."""
-        for length in self.args.lengths:
+    def prompts(self, lengths: list[int], samples: int) -> Iterator[tuple[str, int, Tensor]]:
+        """(data set, nominal length, ids) of the prompts to decode, one of each length first."""
+        for sample in range(samples):
             for folder in self.args.data_dir:
-                path = find_buckets(folder)[f"{length // 1000}K" if length >= 1000 else str(length)]
-                for prompt in read_prompts(path, limit=samples or self.args.samples):
+                for length in lengths:
+                    path = find_buckets(folder)[f"{length // 1000}K" if length >= 1000 else str(length)]
+                    prompt = read_prompts(path, limit=sample + 1)[-1]
                     yield folder.name, length, self.engine.encode(prompt.text)[:length]
-            if not self.args.data_dir:
-                yield "built-in", length, self.prompt(length)
+        if not self.args.data_dir:
+            yield from (("built-in", length, self.prompt(length)) for length in lengths)
 
     def row(self, method: str, generation) -> dict:
         rounds = generation.rounds[2:] or generation.rounds  # the first run is not captured, the second captures

@@ -6,6 +6,8 @@ cache gathered from it ("Cross-model Retrieval").
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -35,6 +37,7 @@ class KVCache:
         self._options = {"dtype": dtype, "device": device}
         self._buffer = torch.empty(2, *self._shape[:1], 1, self._shape[1], 0, self._shape[2], **self._options)
         self.length = 0
+        self.followers: WeakSet = WeakSet()  # those that point at the buffer; told by `release()` before it moves
 
     @property
     def capacity(self) -> int:
@@ -58,6 +61,8 @@ class KVCache:
         if self._options["device"].type == "cuda":  # captured graphs point at the buffer: let it move rarely
             capacity = -(-capacity // CAPTURED_STEP) * CAPTURED_STEP
         # free first: two caches at once may not fit
+        for follower in self.followers:
+            follower.release()
         self._buffer = None
         try:
             self._buffer = torch.empty(2, layers, 1, heads, capacity, dim, **self._options)

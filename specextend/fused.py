@@ -2,8 +2,8 @@
 
 The algorithm is that of `generate.speculative`, in a form that CUDA graphs can hold for every length: lengths are
 tensors on the device, a tree always has all its levels and slots, and what does not count is masked. The host reads the
-accepted tokens once, at the end of a round. Blocks of the Llama family run as ten launches over the model's own
-weights: four matrix products of PyTorch's, and `kernels` around them. Prefill, and any model that does not fit, go the
+accepted tokens once, at the end of a round. Blocks of the Llama family run as eight launches over the model's own
+weights (`kernels`, and PyTorch's product where it is faster). Prefill, and any model that does not fit, go the
 way of `target.py` and `drafter.py`.
 """
 
@@ -24,9 +24,8 @@ from specextend.cache import KVCache
 from specextend.config import RetrievalConfig
 from specextend.drafter import ClassicDrafter, TreeDrafter
 from specextend.features import FeatureTap
-from specextend.kernels import scores, tree_attention
-from specextend.kernels.ahead import can_fetch
-from specextend.kernels.blocks import KeyValue, Placement, place, rms_norm, swiglu
+from specextend.kernels import linear, scores, tree_attention
+from specextend.kernels.linear import KeyValue, Norm, Placement
 from specextend.kernels.tree import TreeBuffers
 from specextend.retrieval import Retriever
 from specextend.rope import DynamicRope
@@ -77,31 +76,12 @@ def _follows(first: Tensor, second: Tensor) -> bool:
     return same and first.data_ptr() + first.nbytes == second.data_ptr()
 
 
-@dataclass(frozen=True)
-class Ahead:
-    """Bytes of each weight to fetch into the L2 cache before its product, while the memory would idle.
-
-    Args:
-        qkv, gate_up_rest, down: by the launch right before.
-        output: while the rotated keys are placed, before the attention.
-        gate_up: while the attention's splits are merged.
-    """
-
-    qkv: int = 0
-    output: int = 0
-    gate_up: int = 0
-    gate_up_rest: int = 0
-    down: int = 0
-
-
-AHEAD = Ahead(qkv=12 << 20, output=33 << 20, gate_up_rest=12 << 20, down=12 << 20)
-
-
 class Workspaces:
-    """Scratch memory of the attention, by shape; launches follow each other on one stream and share it."""
+    """Scratch memory of the kernels; launches follow each other on one stream and share it."""
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.linear = linear.Workspace(device)
         self._attention: dict[tuple[int, int, int, int], tree_attention.Workspace] = {}
 
     def attention(self, heads: int, queries: int, dim: int, splits: int) -> tree_attention.Workspace:
@@ -131,11 +111,16 @@ class StaticCache:
         self._cache = cache
         self.keys, self.values = cache.buffer[0, :, 0], cache.buffer[1, :, 0]  # [L, H_kv, S, D]
         self.length = torch.tensor(cache.length, device=self.keys.device)
+        cache.followers.add(self)
 
     @property
     def is_current(self) -> bool:
         """False once a longer prompt has made the cache move to a larger buffer."""
         return self._cache.buffer.data_ptr() == self.keys.data_ptr()
+
+    def release(self) -> None:
+        """Let go of the buffer, which is about to be replaced."""
+        self.keys = self.values = self.keys.new_empty(0)
 
     def take_over(self) -> None:
         """Go on from what was put there by the host's side."""
@@ -152,51 +137,48 @@ class FusedBlock:
         attention, mlp = block.self_attn, block.mlp
         self._qkv, self._gate_up = merged(_projections(attention)), merged((mlp.gate_proj, mlp.up_proj))
         self._output, self._down = attention.o_proj.weight, mlp.down_proj.weight
-        self._before, self._between = block.input_layernorm, block.post_attention_layernorm
+        self._before, self._between = as_norm(block.input_layernorm), as_norm(block.post_attention_layernorm)
         self._scaling = attention.scaling
         self._cos, self._sin, self._workspaces = cos, sin, workspaces
-        ahead = AHEAD if can_fetch(cos.device) else Ahead()
-        self._qkv_ahead, self._output_ahead = piece(self._qkv, 0, ahead.qkv), piece(self._output, 0, ahead.output)
-        self._gate_up_ahead = piece(self._gate_up, 0, ahead.gate_up)
-        self._gate_up_rest = piece(self._gate_up, ahead.gate_up, ahead.gate_up_rest)
-        self._down_ahead = piece(self._down, 0, ahead.down)
         self.query = self.lse = torch.empty(0)
 
     def run(
         self, residual: Tensor, slots: Slots, cache: KeyValue, *, entry: Tensor | None = None,
         full: KeyValue | None = None, **where,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [T, H] after the block, in the memory of `residual`; keys and values go into the caches.
+        """Hidden states [T, H] after the block; writes over `residual`, and keys and values into the caches.
 
         Args:
             residual: [T, H] before the block; entry: what the attention reads, if it is not the residual normed.
             full: a second cache, that keeps keys un-rotated.
             where: `shift`, `step`, `offset` and `depth` of a `Placement`.
         """
-        if entry is None:
-            entry = normed(residual, self._before, self._qkv_ahead)
+        work = self._workspaces.linear
         placement = Placement(self._cos, self._sin, cache.length, **where)
-        self.query = place(entry @ self._qkv.T, placement, cache, full=full, ahead=self._output_ahead)
+        norm = self._before if entry is None else None
+        self.query = linear.rotary(
+            residual if entry is None else entry, self._qkv, work, placement, cache, norm=norm, full=full
+        )
         heads, rows, _ = self.query.shape
         launch = tree_attention.launch_for(residual.device, len(cache.keys), heads // len(cache.keys) * rows)
         attended, self.lse = tree_attention.tree_attention(
             self.query, cache.keys, cache.values, cache.length, slots.words, self._scaling, slots=slots.count,
             launch=launch, workspace=self._workspaces.attention(*self.query.shape, launch.splits),
-            ahead=self._gate_up_ahead,
         )  # fmt: skip
         residual.addmm_(attended.transpose(0, 1).reshape(rows, -1), self._output.T)
-        inner = normed(residual, self._between, self._gate_up_rest) @ self._gate_up.T
-        return residual.addmm_(swiglu(inner, ahead=self._down_ahead), self._down.T)
+        inner = linear.swiglu(residual, self._gate_up, work, norm=self._between)
+        if rows == 1:
+            return residual.addmm_(inner, self._down.T)
+        return linear.linear(inner, self._down, work, residual=residual)
 
 
-def normed(hidden: Tensor, norm: LlamaRMSNorm, ahead: Tensor | None = None) -> Tensor:
-    return rms_norm(hidden, norm.weight, norm.variance_epsilon, ahead=ahead)
+def as_norm(module: nn.Module) -> Norm | None:
+    """An RMSNorm for the kernels; None where EAGLE's blocks have none."""
+    return Norm(module.weight, module.variance_epsilon) if hasattr(module, "variance_epsilon") else None
 
 
-def piece(weight: Tensor, start: int, count: int) -> Tensor | None:
-    """`count` bytes of a weight from byte `start`, None for nothing."""
-    part = weight.flatten()[start // weight.itemsize : (start + count) // weight.itemsize]
-    return part if len(part) else None
+def normed(hidden: Tensor, norm: LlamaRMSNorm) -> Tensor:
+    return linear.rms_norm(hidden, norm.weight, norm.variance_epsilon)
 
 
 def half_tables(rotary: nn.Module, positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
 from specextend.graphs import CapturedDecoding, CapturedSpeculation  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="models of the tests are on the CPU; bench_gpu compares on a GPU"
+    ),
+]
 GREEDY = SamplingConfig()
 
 

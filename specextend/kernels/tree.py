@@ -1,7 +1,7 @@
 """Draft trees on the device in few launches (Triton): best children, growth, the final tree, the verdict, compaction.
 
-The definitions are those of `specextend.static` in plain PyTorch; there a level of a tree takes some forty small
-operations, here two programs. A path is the same in both. Ancestors are bits: slot j in bit j % 32 of word j // 32.
+The definitions are `tree.grow`, `verify.accept` and `KVCache.commit`, where a level of a tree takes some forty small
+operations; here it takes two launches. Ancestors are bits: slot j in bit j % 32 of word j // 32.
 
 "The k best" are found by their k-th value, bit by bit from the highest, which needs no sort; among equals the older
 index is kept, as a stable sort would.
@@ -19,37 +19,34 @@ from torch import Tensor
 from specextend.config import TreeConfig
 
 WORD = 32
+BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # of a float32 that holds a value of the dtype
 
 
 @triton.jit
-def _ordered(values):
-    """Integers in the order of float32 `values`."""
-    bits = values.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def _best(values, count, BITS: tl.constexpr):
+    """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each.
 
-
-@triton.jit
-def _best(values, count):
-    """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each."""
-    key = _ordered(values).to(tl.int64)
-    lowest = tl.full([], -2147483648, tl.int64)
-    step = tl.full([], 2147483648, tl.int64)
-    for _ in range(32):
-        higher = lowest + step
+    BITS: leading bits that can differ, fewer for values of half precision.
+    """
+    bits = values.to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # unsigned, in the values' order
+    key = ordered >> (32 - BITS)
+    lowest = tl.full([], 0, tl.uint32)
+    for bit in tl.static_range(BITS):
+        higher = lowest | (1 << (BITS - 1 - bit))
         lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
-        step = step // 2
-    above, equal = (key > lowest).to(tl.int64), (key == lowest).to(tl.int64)
-    both = tl.cumsum(above * 4294967296 + equal, 0)  # two counts in one scan
-    above_before, equal_before = (both >> 32) - above, (both & 4294967295) - equal
+    above, equal = (key > lowest).to(tl.int32), (key == lowest).to(tl.int32)
+    both = tl.cumsum(above * 2097152 + equal, 0)  # two counts in one scan, of up to 1,023 and 2,097,151
+    above_before, equal_before = (both >> 21) - above, (both & 2097151) - equal
     needed = count - tl.sum(above, 0)
     taken = (above == 1) | ((equal == 1) & (equal_before < needed))
-    return taken, (above_before + tl.minimum(equal_before, needed)).to(tl.int32)
+    return taken, above_before + tl.minimum(equal_before, needed)
 
 
 @triton.jit
 def _children(
     logits, above, names, tokens, scores, vocab, stride, width,
-    NAMED: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr,
+    NAMED: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """The `width` most probable tokens after one node, with the scores of the paths to them."""
     row = tl.program_id(0)
@@ -57,7 +54,7 @@ def _children(
     x = tl.load(logits + row.to(tl.int64) * stride + index, index < vocab, float("-inf")).to(tl.float32)
     highest = tl.max(x, 0)
     normal = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
-    taken, place = _best(x, width)
+    taken, place = _best(x, width, BITS)
     at = row * KEPT + place
     token = tl.load(names + index, taken, 0).to(tl.int32) if NAMED else index
     tl.store(tokens + at, token, taken)
@@ -75,7 +72,7 @@ def _level(
     row, column = index // width, index % width
     is_child = row < wide
     score = tl.load(child_scores + row * KEPT + column, is_child, float("-inf"))
-    taken, place = _best(tl.where(is_child, score, float("-inf")), width)
+    taken, place = _best(tl.where(is_child, score, float("-inf")), width, 32)
     taken = taken & is_child
     token = tl.load(child_tokens + row * KEPT + column, is_child, 0)
     first = level * width  # of this level's slots among all levels'
@@ -100,7 +97,7 @@ def _level(
 
     every = tl.arange(0, ALL)
     everything = tl.load(scores + every, every < first + width, float("-inf"))
-    best, _ = _best(everything, tl.minimum(nodes, first + width))
+    best, _ = _best(everything, tl.minimum(nodes, first + width), 32)
     total = tl.sum(tl.where(best, tl.exp(everything), 0.0), 0)
     expected = tl.load(state + 1)
     goes_on = tl.where(total - expected >= threshold, tl.load(state), 0.0)
@@ -120,7 +117,7 @@ def _tree(
     is_node = node <= candidates
     score = tl.load(scores + node - 1, is_node & (node > 0), float("-inf"))
     score = tl.where(node == 0, float("inf"), score)
-    taken, place = _best(score, slots)
+    taken, place = _best(score, slots, 32)
     tl.store(kept + place, node, taken)
     tl.store(order + node, place, is_node)
     tl.debug_barrier()
@@ -249,7 +246,8 @@ class TreeBuffers:
         _children[(wide,)](
             logits, self.above, logits if names is None else names, self.child_tokens, self.child_scores,
             vocab, logits.stride(0), self.width, NAMED=names is not None,
-            KEPT=self.kept_per_row, SIZE=triton.next_power_of_2(vocab), num_warps=32 if vocab > 4096 else 4,
+            KEPT=self.kept_per_row, SIZE=triton.next_power_of_2(vocab),
+            BITS=BITS[logits.dtype], num_warps=16 if vocab > 4096 else 4,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](

@@ -21,8 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.kernels.ahead import LANES, LINE, programs_for, request
-
 LOG2E = 1.4426950408889634
 WORD = 32  # mask bits per word
 
@@ -76,7 +74,6 @@ def tree_attention(
     slots: int,
     launch: Launch,
     workspace: Workspace | None = None,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of tree nodes over a static cache.
 
@@ -87,7 +84,6 @@ def tree_attention(
         mask: [T, ceil(slots / 32)] int32 as `pack_mask` makes it; every query sees some prefix or slot.
         scaling: factor on the scores.
         slots: K, number of slots behind the prefix.
-        ahead: weight to fetch into the L2 cache while the splits are merged, see `blocks`.
     Returns:
         output [H, T, D] in the query's dtype, in memory [T, H, D] as the output projection reads it, and lse [H, T]
         float32 (natural logarithm).
@@ -107,11 +103,9 @@ def tree_attention(
         GROUPS=groups, SPLITS=launch.splits, ROWS=rows, KEYS=launch.keys, DIM=dim,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    first = programs_for(ahead)
-    _merge[(first + heads * queries,)](
-        workspace.output, workspace.lse, output, lse, heads, queries, query if ahead is None else ahead,
-        AHEAD=first, LINE=LINE, LANES=LANES, SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits),
-        DIM=dim, num_warps=1,
+    _merge[(heads * queries,)](
+        workspace.output, workspace.lse, output, lse, heads, queries,
+        SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1,
     )  # fmt: skip
     return output.transpose(0, 1), lse
 
@@ -140,39 +134,32 @@ def _split(
     prefix = tl.load(length).to(tl.int32)
     share = tl.cdiv(tl.cdiv(prefix, SPLITS), KEYS) * KEYS
     end = tl.minimum(split * share + share, prefix)
-    for start in range(split * share, end, KEYS):
-        position = start + offset
-        is_key = position < end
-        k = tl.load(keys + position[:, None] * key_row + dim[None, :], is_key[:, None], 0.0)
-        scores = tl.where(is_key[None, :], tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-        highest = tl.maximum(best, tl.max(scores, 1))  # finite: the tile has a key
-        weights = tl.exp2(scores - highest[:, None])
-        decay = tl.exp2(best - highest)
-        v = tl.load(values + position[:, None] * value_row + dim[None, :], is_key[:, None], 0.0)
-        total = total * decay + tl.sum(weights, 1)
-        output = tl.dot(weights.to(v.dtype), v, output * decay[:, None], input_precision="ieee")
-        best = highest
-
+    whole = split * share + tl.maximum(end - split * share, 0) // KEYS * KEYS
+    for start in range(split * share, whole, KEYS):
+        at = start + offset
+        k = tl.load(keys + at[:, None] * key_row + dim[None, :])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = tl.load(values + at[:, None] * value_row + dim[None, :])
+        best, total, output = _absorb(scores, v, scale, best, total, output)
+    if whole < end:
+        at = whole + offset
+        k = tl.load(keys + at[:, None] * key_row + dim[None, :], (at < end)[:, None], 0.0)
+        scores = tl.where((at < end)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        v = tl.load(values + at[:, None] * value_row + dim[None, :], (at < end)[:, None], 0.0)
+        best, total, output = _absorb(scores, v, scale, best, total, output)
     if split == SPLITS - 1:
         for start in range(0, slots, KEYS):
             slot = start + offset
+            is_slot = slot < slots
             word = tl.load(
-                mask + node[:, None] * mask_row + (slot // 32)[None, :],
-                is_row[:, None] & (slot < slots)[None, :],
-                0,
+                mask + node[:, None] * mask_row + (slot // 32)[None, :], is_row[:, None] & is_slot[None, :], 0
             )
             visible = ((word >> (slot % 32)[None, :]) & 1) == 1
-            position = prefix + slot
-            k = tl.load(keys + position[:, None] * key_row + dim[None, :], (slot < slots)[:, None], 0.0)
-            scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
-            highest = tl.maximum(best, tl.max(scores, 1))
-            pivot = tl.where(highest == float("-inf"), 0.0, highest)  # nothing visible so far: all weights are 0
-            weights = tl.exp2(scores - pivot[:, None])
-            decay = tl.exp2(best - pivot)
-            v = tl.load(values + position[:, None] * value_row + dim[None, :], (slot < slots)[:, None], 0.0)
-            total = total * decay + tl.sum(weights, 1)
-            output = tl.dot(weights.to(v.dtype), v, output * decay[:, None], input_precision="ieee")
-            best = highest
+            at = prefix + slot
+            k = tl.load(keys + at[:, None] * key_row + dim[None, :], is_slot[:, None], 0.0)
+            scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+            v = tl.load(values + at[:, None] * value_row + dim[None, :], is_slot[:, None], 0.0)
+            best, total, output = _absorb(scores, v, scale, best, total, output)
 
     place = split * heads * queries + head * queries + node
     seen = total > 0
@@ -182,25 +169,31 @@ def _split(
 
 
 @triton.jit
+def _absorb(scores, v, scale, best, total, output):
+    """Add keys of unscaled `scores` and values `v` to a softmax in progress; -inf is a key not seen."""
+    highest = tl.maximum(best, tl.max(scores, 1) * scale)
+    pivot = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: all weights are 0
+    weights = tl.exp2(scores * scale - pivot[:, None])
+    decay = tl.exp2(best - pivot)
+    output = tl.dot(weights.to(v.dtype), v, output * decay[:, None], input_precision="ieee")
+    return highest, total * decay + tl.sum(weights, 1), output
+
+
+@triton.jit
 def _merge(
-    partial, partial_lse, output, lse, heads, queries, ahead,
-    AHEAD: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr,
+    partial, partial_lse, output, lse, heads, queries,
     SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One softmax out of the splits' for one query of one head."""
-    program, rows = tl.program_id(0), heads * queries
-    if program < AHEAD:
-        request(ahead, program, LINE, LANES)
-    else:
-        row = program - AHEAD
-        split, dim = tl.arange(0, PADDED), tl.arange(0, DIM)
-        is_split = split < SPLITS
-        part = tl.load(partial_lse + split * rows + row, is_split, float("-inf"))
-        highest = tl.max(part, 0)
-        weights = tl.exp2(part - highest)
-        total = tl.sum(weights, 0)
-        parts = tl.load(partial + (split * rows + row)[:, None] * DIM + dim[None, :], is_split[:, None], 0.0)
-        merged = tl.sum(parts * weights[:, None], 0) / total
-        place = (row % queries) * heads + row // queries
-        tl.store(output + place * DIM + dim, merged.to(output.dtype.element_ty))
-        tl.store(lse + row, (highest + tl.log2(total)) / 1.4426950408889634)
+    row, rows = tl.program_id(0), heads * queries
+    split, dim = tl.arange(0, PADDED), tl.arange(0, DIM)
+    is_split = split < SPLITS
+    part = tl.load(partial_lse + split * rows + row, is_split, float("-inf"))
+    highest = tl.max(part, 0)
+    weights = tl.exp2(part - highest)
+    total = tl.sum(weights, 0)
+    parts = tl.load(partial + (split * rows + row)[:, None] * DIM + dim[None, :], is_split[:, None], 0.0)
+    merged = tl.sum(parts * weights[:, None], 0) / total
+    place = (row % queries) * heads + row // queries
+    tl.store(output + place * DIM + dim, merged.to(output.dtype.element_ty))
+    tl.store(lse + row, (highest + tl.log2(total)) / 1.4426950408889634)
