@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from specextend.drafter import TreeDrafter
 from specextend.features import FeatureTap
 from specextend.tree import DraftTree, Level, grow
 from specextend.verify import Accepted
+
+if TYPE_CHECKING:
+    from specextend.fused import FusedDraft, Workspaces
+    from specextend.kernels.tree import TreeBuffers
 
 
 class EagleDrafter(TreeDrafter):
@@ -30,11 +35,32 @@ class EagleDrafter(TreeDrafter):
     def __init__(self, head: Head, config: SpecExtendConfig, vocab_size: int, *, target: PreTrainedModel):
         super().__init__(head.config, head.rotary_emb, target.dtype, target.device, config)
         self.tap = FeatureTap(target, head.entering)
-        self._head, self._vocab_size = head, vocab_size
+        self.head, self._vocab_size = head, vocab_size
         self._tokens = self._states = self._hidden = torch.empty(0)
         dim = head.layers[0].self_attn.head_dim
         zero = torch.zeros(1, 1, dim, dtype=target.dtype, device=target.device)
         self._unrotated = (zero + 1, zero)
+
+    @property
+    def candidates(self) -> int:
+        ids = self.head.target_ids
+        return self._vocab_size if ids is None else len(ids)
+
+    @property
+    def fits_kernels(self) -> bool:
+        from specextend.fused import block_fits
+
+        return block_fits(self.head.layers[0])
+
+    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
+        from eagle.fused import FusedEagleDraft
+
+        return FusedEagleDraft(self, tree, workspaces)
+
+    @property
+    def root_state(self) -> Tensor:
+        """State [1, H] of the root's pair, after the prefill."""
+        return self._states
 
     def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
         """The prompt's pairs need keys and values only: nothing reads the block's output for them."""
@@ -43,11 +69,11 @@ class EagleDrafter(TreeDrafter):
         block = self._prefill_block or len(prompt)
         for start in range(0, len(prompt) - 1, block):
             pairs = slice(start, min(start + block, len(prompt) - 1))
-            states = self._head.states(features[pairs])
-            key, value = self._head.keys_and_values(tokens[None, pairs], states[None], self._unrotated)
+            states = self.head.states(features[pairs])
+            key, value = self.head.keys_and_values(tokens[None, pairs], states[None], self._unrotated)
             self.cache.store_prompt(0, key, value)
             self.cache.commit_prompt(key.shape[2])
-        self._tokens, self._states = tokens[-1:], self._head.states(features[-1:])
+        self._tokens, self._states = tokens[-1:], self.head.states(features[-1:])
 
     def propose(self) -> DraftTree:
         root = self._tokens[-1]
@@ -58,7 +84,7 @@ class EagleDrafter(TreeDrafter):
 
     def commit(self, accepted: Accepted) -> None:
         self._tokens = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
-        self._states = self._head.states(self.tap.take()[accepted.path])
+        self._states = self.head.states(self.tap.take()[accepted.path])
 
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V_draft] after the nodes of `level`, whose tokens are draft ids."""
@@ -68,11 +94,11 @@ class EagleDrafter(TreeDrafter):
 
     def _run(self, tokens: Tensor, states: Tensor, attend) -> Tensor:
         """Block output [T, H] of pairs."""
-        return self._head(tokens[None], states[None], self._unrotated, attend=attend)[0]
+        return self.head(tokens[None], states[None], self._unrotated, attend=attend)[0]
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
-        logits = self._head.logits(hidden).float()
-        return (logits if self._head.target_ids is not None else logits[:, : self._vocab_size]).log_softmax(-1)
+        logits = self.head.logits(hidden).float()
+        return (logits if self.head.target_ids is not None else logits[:, : self._vocab_size]).log_softmax(-1)
 
     def _target_ids(self, tokens: Tensor) -> Tensor:
-        return tokens if self._head.target_ids is None else self._head.target_ids[tokens]
+        return tokens if self.head.target_ids is None else self.head.target_ids[tokens]

@@ -158,14 +158,14 @@ class Eagle3Block(nn.Module):
         self.input_layernorm = LlamaRMSNorm(hidden, eps=eps)
         self.hidden_norm = LlamaRMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=eps)
-        self._norm_before_residual = norm_before_residual
+        self.norm_before_residual = norm_before_residual
 
     def attention_input(self, embedding: Tensor, states: Tensor) -> Tensor:
         return torch.cat((self.input_layernorm(embedding), self.hidden_norm(states)), dim=-1)
 
     def forward(self, embedding: Tensor, states: Tensor, rotation: tuple[Tensor, Tensor], **attention) -> Tensor:
         entry = self.attention_input(embedding, states)
-        residual = entry[..., embedding.shape[-1] :] if self._norm_before_residual else states
+        residual = entry[..., embedding.shape[-1] :] if self.norm_before_residual else states
         attended, _ = self.self_attn(entry, position_embeddings=rotation, attention_mask=None, **attention)
         hidden = residual + attended
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from specextend import SpecExtend, cli
 from specextend.bench import environment, write_json
 from specextend.cache import cache_shape
+from specextend.config import prefill_block
 from specextend.methods import name_of
 from specextend.models import load_models
 from specextend.packed import weight_nbytes
@@ -82,7 +83,7 @@ def count_bytes(engine: SpecExtend, prompt_tokens: int) -> dict[str, int]:
     working += (config.retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)
     retained = prompt_tokens + slots if config.draft_cache == "full" else working
     tree_slots = config.tree.nodes * config.tree.max_depth
-    block = config.prefill_block if config.flash_prefill else prompt_tokens
+    block = prefill_block(config, engine.models.device) or prompt_tokens
     target = models.target.config
     hidden, ffn = target.hidden_size, target.intermediate_size
     return {

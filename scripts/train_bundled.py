@@ -95,6 +95,7 @@ def main() -> None:
     args = parse_args()
     transformers_logging.disable_progress_bar()
     torch.set_float32_matmul_precision("highest")  # TF32 would round the rotary angles, a float32 product
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length, 50 ms a token while text is written
     try:
         run = Run(args)
         for stage in dict.fromkeys(stage for thing in args.what for stage in STAGES[thing]):

@@ -92,6 +92,8 @@ class HybridAttention:
             tail = 0
         if tail and self._fused and query.device.type == "cpu" and query.shape[2] <= ONE_PASS_QUERIES:
             return masked_flash_attention(query, key, value, scaling, tail, mask)
+        if mask is None and tail == query.shape[2] and self._fused and has_flash_kernel(query.device, query.dtype):
+            return newest_attention(query, key, value, scaling)
         prefix = key.shape[2] - tail
         queries = _stack_groups(query, key.shape[1])
         parts = []
@@ -162,6 +164,27 @@ def flash_attention(
     )
 
 
+def has_flash_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `newest_attention` runs: FlashAttention proper, which knows half precision only."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def newest_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The newest T of K tokens, each seeing the keys up to its own, at most `window` of them, in one launch.
+
+    Args:
+        query: [B, H, T, D]; key, value: [B, H_kv, K, D]; where `has_flash_kernel`.
+    """
+    states = (part.transpose(1, 2) for part in (query, key, value))
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        *states, None, None, query.shape[2], key.shape[2], 0.0, True, False, scale=scaling,
+        window_size_left=None if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return output.transpose(1, 2), lse[:, :, : query.shape[2]]
+
+
 def masked_flash_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, tail: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -194,6 +217,8 @@ def band_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, wi
     Args:
         query: [B, H, T, D]; key, value: [B, H_kv, K, D] with K - T < window, so that the mask stays small.
     """
+    if has_flash_kernel(query.device, query.dtype):
+        return newest_attention(query, key, value, scaling, window)
     queries, keys = query.shape[2], key.shape[2]
     row = torch.arange(keys - queries, keys, device=query.device)[:, None]
     column = torch.arange(keys, device=query.device)[None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from transformers import PretrainedConfig
 
 from specextend.errors import CapacityError
 from specextend.rope import Rope
+
+CAPTURED_STEP = 4096  # tokens
 
 
 def cache_shape(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -36,6 +39,7 @@ class KVCache:
         self._options = {"dtype": dtype, "device": device}
         self._buffer = torch.empty(2, *self._shape[:1], 1, self._shape[1], 0, self._shape[2], **self._options)
         self.length = 0
+        self.followers: WeakSet = WeakSet()  # those that point at the buffer; told by `release()` before it moves
 
     @property
     def capacity(self) -> int:
@@ -56,7 +60,11 @@ class KVCache:
         if capacity <= self.capacity:
             return
         layers, heads, dim = self._shape
+        if self._options["device"].type == "cuda":  # captured graphs point at the buffer: let it move rarely
+            capacity = -(-capacity // CAPTURED_STEP) * CAPTURED_STEP
         # free first: two caches at once may not fit
+        for follower in self.followers:
+            follower.release()
         self._buffer = None
         try:
             self._buffer = torch.empty(2, layers, 1, heads, capacity, dim, **self._options)
@@ -132,7 +140,7 @@ class DraftCache:
             self.working.reset(capacity + tree_slots)
         else:
             self.full.reset(capacity)
-            self.working.reset(min(self._working_capacity, capacity) + tree_slots)
+            self.working.reset(self._working_capacity + tree_slots)  # always the same: captured steps point at it
 
     def append(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store un-rotated `key` and `value` [1, H_kv, T, D] of the next T tokens of the context.

@@ -48,6 +48,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--eager", action="store_true", help="no CUDA graphs and fused kernels, which a GPU has else")
 
 
 def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from specextend.errors import ConfigError
 
 DraftCacheKind = Literal["full", "streaming", "retrieval"]
@@ -105,7 +107,8 @@ class SpecExtendConfig:
         flash_prefill: FlashAttention prefill of target and draft, in blocks, in memory linear in the prompt.
         hybrid_tree_attention: verification as prefix part + tree part merged by log-sum-exp; off: dense attention.
         draft_cache: what the draft attends to: everything, sink + recent chunks, or retrieved chunks.
-        prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once.
+        prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once. 0 leaves it to
+            the device.
         draft_window: sliding window of the draft's flash prefill in tokens; 0 is full causal attention.
         draft: who proposes: the loaded draft "model"; "self", the target over a part of its own cache; "hierarchy",
             the model for the target's self and that for the target; "lookup", n-grams of the context; "none" for
@@ -116,7 +119,7 @@ class SpecExtendConfig:
     flash_prefill: bool = False
     hybrid_tree_attention: bool = False
     draft_cache: DraftCacheKind = "full"
-    prefill_block: int = 1024
+    prefill_block: int = 0
     draft_window: int = 512
     draft: DraftKind = "model"
     tree: TreeConfig = field(default_factory=TreeConfig)
@@ -130,7 +133,7 @@ class SpecExtendConfig:
         _require(self.draft in DRAFTS, f"draft is {self.draft!r}; choose one of {', '.join(DRAFTS)}")
         cached = self.draft not in ("self", "hierarchy") or self.draft_cache != "full"
         _require(cached, f"draft is {self.draft!r} with a full cache: the target itself; choose streaming or retrieval")
-        _require(self.prefill_block >= 1, f"prefill_block is {self.prefill_block}; it must be at least 1 token")
+        _require(self.prefill_block >= 0, f"prefill_block is {self.prefill_block}; it must be 0 (auto) or more tokens")
         _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
 
     @classmethod
@@ -142,3 +145,10 @@ class SpecExtendConfig:
     def specextend(cls, **settings) -> SpecExtendConfig:
         """SpecExtend with all of its parts."""
         return replace(cls(flash_prefill=True, hybrid_tree_attention=True, draft_cache="retrieval"), **settings)
+
+
+def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:
+    """Tokens per prefill block; None runs the whole prompt at once."""
+    if not config.flash_prefill:
+        return None
+    return config.prefill_block or (4096 if device.type == "cuda" else 1024)

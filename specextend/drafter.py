@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from specextend.attention import Attend, attention, band_attention
+from specextend.attention import Attend, attention, band_attention, has_flash_kernel
 from specextend.cache import DraftCache
-from specextend.config import SpecExtendConfig
+from specextend.config import SpecExtendConfig, prefill_block
 from specextend.features import FeatureTap
 from specextend.rope import Rope, make_exact
 from specextend.tree import DraftTree, Level, grow
 from specextend.verify import Accepted
+
+if TYPE_CHECKING:
+    from specextend.fused import FusedDraft, Workspaces
+    from specextend.kernels.tree import TreeBuffers
 
 
 class Drafter(Protocol):
@@ -64,11 +68,27 @@ class TreeDrafter:
         self._prefill_attention = attention(hybrid=config.flash_prefill)
         self._tree_attention = attention(hybrid=config.hybrid_tree_attention)
         self._window = (config.draft_window or None) if config.flash_prefill else None
-        self._prefill_block = config.prefill_block if config.flash_prefill else None
+        self._prefill_block = prefill_block(config, device)
+        if self._window and not has_flash_kernel(device, dtype):
+            self._prefill_block = self._window  # the window is a mask then, which grows with the block
 
     @property
     def context(self) -> int:
         return self.cache.context
+
+    @property
+    def candidates(self) -> int:
+        """How many tokens it chooses among."""
+        raise NotImplementedError
+
+    @property
+    def fits_kernels(self) -> bool:
+        """Whether its rounds can be captured, see `fused`; needs Triton."""
+        raise NotImplementedError
+
+    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
+        """This drafter for captured rounds, over the caches that `prefill` fills."""
+        raise NotImplementedError
 
     def refresh(self, positions: Tensor) -> None:
         self.cache.refresh(positions)
@@ -114,12 +134,27 @@ class ClassicDrafter(TreeDrafter):
         self.model, self.vocab_size = model, vocab_size
         self._pending = torch.empty(0, dtype=torch.long)
 
+    @property
+    def candidates(self) -> int:
+        return self.vocab_size
+
     def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
         self._reset(len(prompt), room)
-        for block in prompt.split(self._window or self._prefill_block or len(prompt)):
+        for block in prompt.split(self._prefill_block or len(prompt)):
             self._run(block, self._attend_prompt)
             self.cache.commit_prompt(len(block))
         self._pending = first.reshape(1)
+
+    @property
+    def fits_kernels(self) -> bool:
+        from specextend.fused import fits
+
+        return fits(self.model)
+
+    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
+        from specextend.fused import FusedClassicDraft
+
+        return FusedClassicDraft(self, tree, workspaces)
 
     def propose(self) -> DraftTree:
         root, hidden = self._pending[-1], self._read(self._pending)[-1:]

@@ -5,17 +5,17 @@ All switches are resolved here, once, into objects; nothing below asks what is o
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from specextend.attention import attention
 from specextend.cache import KVCache
-from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, prefill_block
 from specextend.data import encode_prompt
-from specextend.drafter import Drafter
+from specextend.drafter import Drafter, TreeDrafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
 from specextend.features import FeatureTap
 from specextend.generate import Generation, Output, Round, autoregressive, speculative
@@ -27,10 +27,12 @@ from specextend.rope import make_exact
 from specextend.selfdraft import HierarchicalDrafter, SelfDrafter, SparseTarget
 from specextend.target import Target
 from specextend.text import TextStream
-from specextend.verify import Chooser, chooser
+from specextend.verify import chooser
 
 GREEDY = SamplingConfig()
+MAX_SLOTS = 128  # of a tree whose verification is captured
 Observer = Callable[[Output, Round | None], None]
+Loop = Callable[[SamplingConfig, Tensor, Output], Iterator[Round | None]]
 
 
 class SpecExtend:
@@ -40,10 +42,14 @@ class SpecExtend:
         models: as `load_models` gives them.
         config: None takes SpecExtend with all of its parts, with the preset's tree for the device.
         cache: the target's KV cache, shared by engines that take turns; None makes one.
+        eager: never capture CUDA graphs, which a GPU does by default where the models allow it.
     """
 
-    def __init__(self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None):
-        self.models = models
+    def __init__(
+        self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None,
+        eager: bool = False,
+    ):  # fmt: skip
+        self.models, self._eager = models, eager
         self.config = config or default_config(models)
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
@@ -52,7 +58,7 @@ class SpecExtend:
         flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
         self._baseline = _build_target(models, flash, self._cache)
         self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
-        self._decode = self._decoding()
+        self._speculative, self._autoregressive = self._loops(captures=not eager and can_capture(models))
 
     @classmethod
     def from_pretrained(
@@ -63,13 +69,14 @@ class SpecExtend:
         config: SpecExtendConfig | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        eager: bool = False,
     ) -> SpecExtend:
         """Load `target` (a preset's name, a directory or a hub id) and its draft."""
-        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config)
+        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config, eager=eager)
 
     def with_config(self, config: SpecExtendConfig) -> SpecExtend:
         """The same models, and the same memory for the target's cache, under another setting."""
-        return SpecExtend(self.models, config, cache=self._cache)
+        return SpecExtend(self.models, config, cache=self._cache, eager=self._eager)
 
     @property
     def limit(self) -> int:
@@ -115,7 +122,7 @@ class SpecExtend:
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
         ids, output = self._begin(prompt, max_new_tokens, stop, 1)
-        return self._finish(autoregressive(self._baseline, chooser(sampling), ids, output), output, on_round)
+        return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
 
     def stream(self, prompt: str | Tensor, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation."""
@@ -129,18 +136,39 @@ class SpecExtend:
     def _speculate(
         self, prompt: str | Tensor, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str]
     ) -> tuple[Iterator[Round | None], Output]:
-        if self._decode is None:
+        if self._speculative is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
         ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
-        return self._decode(chooser(sampling), ids, output), output
+        return self._speculative(sampling, ids, output), output
 
-    def _decoding(self) -> Callable[[Chooser, Tensor, Output], Iterator[Round | None]] | None:
-        """The loop behind `generate`; None where the draft it needs was not loaded."""
+    def _loops(self, *, captures: bool) -> tuple[Loop | None, Loop]:
+        """How this engine decodes: by its method, None where the draft it needs was not loaded, and the baseline."""
+        decode, drafter = self._baseline_loop(captures), self._drafter
         if self.config.draft == "none":
-            return partial(autoregressive, self._baseline)
+            return decode, decode
         if self.config.draft == "hugging_face":
-            return partial(hugging_face, plain_twin(self.models.target))
-        return self._drafter and partial(speculative, self._target, self._drafter, self._retriever)
+            twin = plain_twin(self.models.target)
+            return lambda sampling, ids, output: hugging_face(twin, chooser(sampling), ids, output), decode
+        if drafter is None:
+            return None, decode
+        tree = self.config.tree
+        fits = isinstance(drafter, TreeDrafter) and tree.nodes < MAX_SLOTS and self.config.hybrid_tree_attention
+        if captures and fits and drafter.fits_kernels:
+            from specextend.graphs import CapturedSpeculation
+
+            return CapturedSpeculation(self._target, drafter, self._retriever, tree), decode
+
+        def speculate(sampling, ids, output):
+            return speculative(self._target, drafter, self._retriever, chooser(sampling), ids, output)
+
+        return speculate, decode
+
+    def _baseline_loop(self, captures: bool) -> Loop:
+        if captures:
+            from specextend.graphs import CapturedDecoding
+
+            return CapturedDecoding(self._baseline)
+        return lambda sampling, ids, output: autoregressive(self._baseline, chooser(sampling), ids, output)
 
     def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
         """Check the request against the models before anything runs."""
@@ -183,6 +211,15 @@ class SpecExtend:
         return output.result(torch.cuda.max_memory_allocated(self.models.device) if cuda else None)
 
 
+def can_capture(models: LoadedModels) -> bool:
+    """Whether rounds can be captured as CUDA graphs: on a GPU with Triton, for targets the kernels compute."""
+    if models.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from specextend.fused import fits
+
+    return fits(models.target)
+
+
 def default_config(models: LoadedModels) -> SpecExtendConfig:
     """All parts of SpecExtend, with the tree and the retrieval of the preset."""
     return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
@@ -201,7 +238,7 @@ def _build_target(
         cache,
         prefill_attention=attention(hybrid=config.flash_prefill),
         tree_attention=attention(hybrid=config.hybrid_tree_attention),
-        prefill_block=config.prefill_block if config.flash_prefill else None,
+        prefill_block=prefill_block(config, models.device),
         tap=tap,
     )
 

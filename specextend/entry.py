@@ -58,7 +58,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     narrator = Narrator(verbose=args.verbose, result_line=args.output_result_line)
     with narrator.busy(f"loading {args.model_name}"):
         models = load()
-        engine = SpecExtend(models, cli.config_from(args, models))
+        engine = SpecExtend(models, cli.config_from(args, models), eager=args.eager)
     narrator.introduce(engine, sampling)
     for prompt in gather_prompts(engine, args.input_file, args.max_samples, args.input_len, args.max_gen_len):
         methods = {name_of(engine.config): engine.generate}
@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     sampling = cli.sampling_from(args, REASONING_TEMPERATURE if reasoning else 0.0)
     outputs = _output_files(args.output_file, cli.methods_from(args))
     models = load()
-    engine = SpecExtend(models, cli.config_from(args, models))
+    engine = SpecExtend(models, cli.config_from(args, models), eager=args.eager)
     new_tokens = min(REASONING_TOKENS, engine.fits(PROBLEM_TOKENS)) if reasoning else NEW_TOKENS
     plan = Plan(
         data=data_dir.resolve().name,

@@ -19,6 +19,7 @@ class FeatureTap:
 
     def __init__(self, model: PreTrainedModel, entering: Sequence[int] | None):
         decoder = model.get_decoder()
+        self.entering = entering
         self._norm = decoder.norm
         self._modules = None if entering is None else [[*decoder.layers, decoder.norm][layer] for layer in entering]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

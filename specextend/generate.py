@@ -31,7 +31,7 @@ def speculative(
     """
     with output.prefill_stage("target"):
         logits = target.prefill(prompt, output.room)
-        first = choose(logits, 0, _ROOT)[0]
+        first = choose(logits, 0, ROOT)[0]
     with output.prefill_stage("draft"):
         drafter.prefill(prompt, first, output.room)
     output.begin(first)
@@ -49,26 +49,26 @@ def speculative(
             accepted = accept(tree, choose(logits, output.new_tokens, tree.depth))
             target.commit(accepted.path)
             drafter.commit(accepted)
-        yield output.append(len(tree) - 1, accepted.tokens, accepted.bonus)
+        yield output.append(len(tree) - 1, [*accepted.tokens.tolist(), int(accepted.bonus)])
 
 
 @torch.inference_mode()
 def autoregressive(target: Target, choose: Chooser, prompt: Tensor, output: Output) -> Iterator[Round | None]:
     """Extend `prompt` [N] one token at a time: a speculative round whose tree is its root."""
     with output.prefill_stage("target"):
-        newest = choose(target.prefill(prompt, output.room), 0, _ROOT)[0]
+        newest = choose(target.prefill(prompt, output.room), 0, ROOT)[0]
     output.begin(newest)
     yield None
 
     while not output.finished:
         with output.stage("verify"):
             tree = DraftTree.root(newest)
-            newest = choose(target.verify(tree), output.new_tokens, _ROOT)[0]
+            newest = choose(target.verify(tree), output.new_tokens, ROOT)[0]
             target.commit(tree.depth)
-        yield output.append(0, newest[None][:0], newest)
+        yield output.append(0, [int(newest)])
 
 
-_ROOT = torch.zeros(1, dtype=torch.long)  # depth of a lone root
+ROOT = torch.zeros(1, dtype=torch.long)  # depth of a lone root
 
 
 @dataclass
@@ -79,7 +79,8 @@ class Round:
         tokens: what it emitted, cut at EOS, a stop string or max_new_tokens.
         drafted: draft tokens in the tree, 0 for autoregressive decoding.
         accepted: draft tokens among them; the bonus token is the last one, unless the output ended before it.
-        seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran.
+        seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran; "host" is what a captured round
+            spends outside of them.
     """
 
     tokens: list[int]
@@ -210,10 +211,14 @@ class Output:
         """Take the prefill's token."""
         self._extend([int(first)])
 
-    def append(self, drafted: int, accepted: Tensor, bonus: Tensor) -> Round:
-        """Take a round's tokens, as many as belong to the output."""
-        kept = self._extend([*accepted.tolist(), int(bonus)])
-        self.rounds.append(Round(kept, drafted, min(len(accepted), len(kept)), self._seconds))
+    def append(self, drafted: int, tokens: list[int], seconds: dict[str, float] | None = None) -> Round:
+        """Take a round's tokens, the bonus token last, as many as belong to the output.
+
+        Args:
+            seconds: per stage, where they were not taken by `stage`.
+        """
+        kept = self._extend(tokens)
+        self.rounds.append(Round(kept, drafted, min(len(tokens) - 1, len(kept)), seconds or self._seconds))
         self._seconds = {}
         return self.rounds[-1]
 

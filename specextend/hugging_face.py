@@ -60,7 +60,7 @@ class _Listener(LogitsProcessor):
         token = self._choose(scores, self._output.new_tokens, _ROOT)
         self._clock.close()
         if self._output.new_tokens:
-            self._output.append(0, token[:0], token[0])
+            self._output.append(0, [int(token)])
         else:
             self._output.begin(token[0])
         self._clock.enter_context(self._output.stage("verify"))

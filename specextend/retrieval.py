@@ -7,7 +7,7 @@ prompt, and nothing survives into the next.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +17,15 @@ from specextend.config import RetrievalConfig
 
 
 class Retriever(Protocol):
-    """When to refresh the draft's working cache, and with what."""
+    """When to refresh the draft's working cache, and with what.
+
+    Attributes:
+        reads_attention: whether the target's attention decides.
+        config: first and newest chunks always kept, and how many in all.
+    """
+
+    reads_attention: bool
+    config: RetrievalConfig
 
     def is_due(self, rounds: int) -> bool:
         """Whether to refresh before the next round, `rounds` having been run since the prefill."""
@@ -34,6 +42,9 @@ class Retriever(Protocol):
 class NoRetrieval:
     """The draft keeps everything: there is nothing to refresh."""
 
+    reads_attention = False
+    config = RetrievalConfig()
+
     def is_due(self, rounds: int) -> bool:
         return False
 
@@ -46,15 +57,20 @@ class StreamingWindow:
     """First and newest chunks, as many as retrieval would keep (the StreamingLLM baseline)."""
 
     config: RetrievalConfig
+    reads_attention = False
+
+    @classmethod
+    def of_size(cls, config: RetrievalConfig) -> StreamingWindow:
+        """As large a window as retrieval would fill, a chunk of it the sink."""
+        sink = min(max(config.sink, 1), config.top_k - 1)
+        return cls(replace(config, sink=sink, recent=config.top_k - sink))
 
     def is_due(self, rounds: int) -> bool:
         return rounds % self.config.every_n_steps == 0
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
-        top_k = self.config.top_k
-        sink = min(max(self.config.sink, 1), top_k - 1)
         chunks = torch.arange(num_chunks(length, self.config.chunk_size))
-        kept = chunks[(chunks < sink) | (chunks >= len(chunks) - (top_k - sink))]
+        kept = chunks[(chunks < self.config.sink) | (chunks >= len(chunks) - self.config.recent)]
         return chunk_positions(kept, self.config.chunk_size, length)
 
 
@@ -63,6 +79,7 @@ class CrossModelRetrieval:
     """The chunks the target's last layer attends to most, and always the newest."""
 
     config: RetrievalConfig
+    reads_attention = True
 
     def is_due(self, rounds: int) -> bool:
         return rounds % self.config.every_n_steps == 0
@@ -79,7 +96,7 @@ def retriever(kind: str, config: RetrievalConfig) -> Retriever:
     """The retriever behind `--draft_cache`."""
     if kind == "full":
         return NoRetrieval()
-    return {"streaming": StreamingWindow, "retrieval": CrossModelRetrieval}[kind](config)
+    return {"streaming": StreamingWindow.of_size, "retrieval": CrossModelRetrieval}[kind](config)
 
 
 def chunk_scores(attention: Tensor, chunk_size: int) -> Tensor:

@@ -109,7 +109,7 @@ class HierarchicalDrafter(SelfDrafter):
         if small.tap is not None:
             raise ConfigError("an EAGLE head needs the whole target's hidden states; triforce drafts with a small LM")
         super().__init__(sparse, config.tree.max_depth)
-        self._small, self._window = small, StreamingWindow(config.retrieval)
+        self._small, self._window = small, StreamingWindow.of_size(config.retrieval)
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:

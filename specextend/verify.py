@@ -76,10 +76,10 @@ class Sampler:
         self._first = 0
 
     def __call__(self, logits: Tensor, first: int, depth: Tensor) -> Tensor:
-        noise = self._noise(first, first + int(depth.max()) + 1, logits)
+        noise = self.noise(first, first + int(depth.max()) + 1, logits)
         return (filtered(logits, self._sampling) + noise[depth]).argmax(-1)
 
-    def _noise(self, first: int, end: int, like: Tensor) -> Tensor:
+    def noise(self, first: int, end: int, like: Tensor) -> Tensor:
         """Gumbel noise [end - first, V], float32; row by row, so that it does not depend on who asks for how many."""
         if self._generator is None:
             self._generator = torch.Generator(like.device).manual_seed(self._sampling.seed)

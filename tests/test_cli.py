@@ -100,7 +100,7 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     (problems / "aime24.jsonl").write_text('{"id": 0, "problem": "What is 1 + 1?", "answer": "2"}\n')
     plans = []
     monkeypatch.setattr(entry, "evaluate", lambda engine, plan, *_, **__: plans.append(plan) or {})
-    monkeypatch.setattr(entry, "SpecExtend", lambda *_: SimpleNamespace(fits=lambda tokens: 5000 - tokens))
+    monkeypatch.setattr(entry, "SpecExtend", lambda *_, **__: SimpleNamespace(fits=lambda tokens: 5000 - tokens))
     preset = Preset("tiny", "tiny", None)
 
     def plan_of(*flags: str):
@@ -297,7 +297,7 @@ BAD = [
     ("--retrieval_sink -1", "sink is -1"),
     ("--retrieval_recent 0", "recent is 0"),
     ("--draft_window -1", "draft_window is -1"),
-    ("--prefill_block 0", "prefill_block is 0"),
+    ("--prefill_block -1", "prefill_block is -1"),
     ("--temperature -0.1", "temperature is -0.1"),
     ("--temperature nan", "temperature is nan"),
     ("--temperature inf", "temperature is inf"),

@@ -433,22 +433,70 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(flags, message):
 # ---- training
 
 
-@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
-def test_training_time_test_is_the_chain_that_drafting_makes(kind, load, hf_twin, make_prompt, monkeypatch):
+@pytest.fixture
+def training_heads(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from training.heads import UNROLLED, unroll
+    from training import heads
 
+    return heads
+
+
+@pytest.mark.parametrize("starts", [range(7), range(1, 7, 3)], ids=["all", "strided"])
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_training_time_test_is_the_chain_that_drafting_makes(kind, starts, load, hf_twin, make_prompt, training_heads):
     head, reference, target = load(kind)
-    head.config._attn_implementation = UNROLLED
+    head.config._attn_implementation = training_heads.UNROLLED
     ids = make_prompt(10)
     features = features_of(hf_twin(target), ids, reference.is_eagle3)
-    steps = list(unroll(head, ids[None], features[None], 4))
+    first, *later = training_heads.unroll(head, ids[None], features[None], torch.tensor(starts), 3)
+    assert first.shape[1] == 9 and [step.shape[1] for step in later] == [len(starts)] * 2
     states = [reference.state(feature) for feature in features]
+    committed = [(int(ids[i + 1]), states[i]) for i in range(9)]
     for index in range(9):
-        for step in range(min(4, index + 1)):
-            pairs = [(int(ids[i + 1]), states[i]) for i in range(index - step + 1)]
-            out = reference.output(pairs)
-            for s in range(1, step + 1):
-                pairs.append((int(ids[index - step + s + 1]), out))
-                out = reference.output(pairs)
-            torch.testing.assert_close(steps[step][0, index], out, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(first[0, index], reference.output(committed[: index + 1]), atol=1e-3, rtol=1e-3)
+    for chain, start in enumerate(starts):
+        pairs = committed[: start + 1]
+        for step, outputs in enumerate(later, start=1):
+            pairs = [*pairs, (int(ids[start + step + 1]), reference.output(pairs))]
+            torch.testing.assert_close(outputs[0, chain], reference.output(pairs), atol=1e-3, rtol=1e-3)
+
+
+def test_chains_begin_at_every_offset_and_end_within_the_row(training_heads):
+    tokens = torch.zeros(2, 30, dtype=torch.long)
+    assert training_heads.chain_starts(tokens, 5, 1).tolist() == list(range(25))  # pair 24 + 4 is the last of 29
+    seen = {tuple(training_heads.chain_starts(tokens, 5, 4).tolist()) for _ in range(200)}
+    assert seen == {tuple(range(offset, offset + 24, 4)) for offset in range(4)}
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_loss_of_a_head_is_the_weighted_sum_over_its_steps(kind, load, hf_twin, make_prompt, training_heads):
+    from training.settings import Settings
+
+    head, reference, target = load(kind)
+    head.config._attn_implementation = training_heads.UNROLLED
+    ids, model = make_prompt(8), hf_twin(target)
+    final = model(ids[None], output_hidden_states=True).hidden_states[-1][0]
+    wanted = (model.lm_head(final) / 0.8).softmax(-1)
+    committed = [
+        (int(token), reference.state(feature))
+        for token, feature in zip(ids[1:], features_of(model, ids, reference.is_eagle3), strict=False)
+    ]
+
+    def distance(pairs: list) -> Tensor:
+        index, hidden = len(pairs), reference.output(pairs)
+        expected = wanted[index]
+        if reference.is_eagle3:
+            expected = expected[[reference.target_id(token) for token in range(DRAFT_VOCAB)]]
+        divergence = (expected * (expected.log() - reference.logprobs(hidden))).sum()
+        error = (hidden - final[index]).abs()
+        regression = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+        return divergence + (0.0 if reference.is_eagle3 else regression)
+
+    total = torch.stack([distance(committed[: i + 1]) for i in range(7)]).mean()
+    chains = [committed[: start + 1] for start in range(5)]
+    for weight in (0.8, 0.64):
+        chains = [[*pairs, (int(ids[len(pairs) + 1]), reference.output(pairs))] for pairs in chains]
+        total = total + weight * torch.stack([distance(pairs) for pairs in chains]).mean()
+    settings = Settings(eagle_steps=3, eagle_stride=1, teacher_temperature=0.8)
+    loss = training_heads.head_objective(head, model, settings)(ids[None])
+    torch.testing.assert_close(loss, total, atol=1e-3, rtol=1e-3)

@@ -154,7 +154,7 @@ def test_scores_finer_than_half_precision_still_rank():
 @given(st.integers(1, 200), st.integers(1, 40), st.integers(2, 8), st.integers(0, 3))
 def test_streaming_keeps_the_first_and_the_newest_chunks_and_asks_for_no_attention(length, chunk_size, top_k, sink):
     config = RetrievalConfig(chunk_size, max(top_k, sink + 1), 1, sink)
-    positions = StreamingWindow(config).select(lambda: pytest.fail("attention was computed"), length).tolist()
+    positions = StreamingWindow.of_size(config).select(lambda: pytest.fail("attention was computed"), length).tolist()
     count, first = num_chunks(length, chunk_size), min(max(sink, 1), config.top_k - 1)
     newest = config.top_k - first
     expected = [p for p in range(length) if p // chunk_size < first or p // chunk_size >= count - newest]

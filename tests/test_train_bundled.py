@@ -258,6 +258,8 @@ def test_registered_attention_equals_masked_reference_and_gets_no_mask(tmp_path:
     written = continue_prompts(writer, tokens[:, :16], 12, temperature=0.0)
     for length in range(16, 28):
         assert torch.equal(ours(written[:, :length], use_cache=False).logits[:, -1].argmax(-1), written[:, length])
+    mixed = continue_prompts(writer, tokens[:, :16], 12, temperature=torch.tensor([0.8, 0.0]))
+    assert torch.equal(mixed[1], written[1]) and not torch.equal(mixed[0], written[0])
 
 
 def test_loop_measures_tell_loops_from_text() -> None:

@@ -36,23 +36,30 @@ class BatchCache:
 
 
 @torch.inference_mode()
-def continue_prompts(model: LlamaForCausalLM, prompts: Tensor, new_tokens: int, temperature: float) -> Tensor:
+def continue_prompts(model: LlamaForCausalLM, prompts: Tensor, new_tokens: int, temperature: float | Tensor) -> Tensor:
     """Exactly `new_tokens` after each of `prompts` [B, N]; [B, N + new_tokens].
 
     `model` must attend through `CACHED`. The end-of-text token does not end a row: another document follows.
+    A `temperature` [B] is one per row; 0 is greedy.
     """
     cache = BatchCache(model, len(prompts), prompts.shape[1] + new_tokens)
+    temperature = torch.as_tensor(temperature, device=prompts.device).expand(len(prompts))
     written, newest = [prompts], prompts
     for _ in range(new_tokens):
         positions = torch.arange(cache.length, cache.length + newest.shape[1], device=prompts.device)[None]
         logits = model(newest, position_ids=positions, use_cache=False, logits_to_keep=1, cache=cache).logits[:, -1]
         cache.length += newest.shape[1]
-        if temperature:
-            newest = torch.multinomial((logits.float() / temperature).softmax(-1), 1)
-        else:
-            newest = logits.argmax(-1, keepdim=True)
+        newest = next_tokens(logits, temperature)
         written.append(newest)
     return torch.cat(written, dim=1)
+
+
+def next_tokens(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Tokens [B, 1] of `logits` [B, V]: the likeliest where `temperature` [B] is 0, else sampled."""
+    is_greedy = (temperature == 0)[:, None]
+    divisor = temperature[:, None].masked_fill(is_greedy, 1.0)  # what a greedy row samples is not used
+    sampled = torch.multinomial((logits.float() / divisor).softmax(-1), 1)
+    return torch.where(is_greedy, logits.argmax(-1, keepdim=True), sampled)
 
 
 def write_rows(
@@ -60,21 +67,19 @@ def write_rows(
 ) -> np.ndarray:
     """Rows [n, length] uint16: `prompt` tokens of the stream and what the target makes of them, for about `seconds`.
 
-    A third of the rows is greedy, the others are sampled; every round makes `rows` of them.
+    Half of the rows are greedy, the others are sampled; every round makes `rows` of them.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
+    temperature = torch.full((rows,), TEMPERATURE)
+    temperature[: rows // 3] = 0.0
     made: list[np.ndarray] = []
     began = time.monotonic()
     while not made or time.monotonic() - began < seconds:
         starts = rng.integers(0, len(stream) - prompt + 1, size=rows)
         prompts = np.stack([stream[start : start + prompt] for start in starts]).astype(np.int64)
-        greedy = rows // 3
-        for part, temperature in ((prompts[:greedy], 0.0), (prompts[greedy:], TEMPERATURE)):
-            if len(part):
-                on_device = torch.from_numpy(part).to(model.device)
-                written = continue_prompts(model, on_device, length - prompt, temperature)
-                made.append(written.cpu().numpy().astype(np.uint16))
+        on_device = torch.from_numpy(prompts).to(model.device)
+        made.append(continue_prompts(model, on_device, length - prompt, temperature).cpu().numpy().astype(np.uint16))
         log(f"target wrote {sum(map(len, made))} rows of {length} tokens in {time.monotonic() - began:.1f}s")
     written = np.concatenate(made)
     return written[rng.permutation(len(written))]

@@ -1,7 +1,8 @@
-"""EAGLE heads of the target: what they are trained on, and EAGLE-3's training-time test (Li et al., 2025).
+"""EAGLE heads of the target: what they are trained on, and the training-time test of EAGLE-3 (Li et al., 2025).
 
 A head reads pairs (token i + 1, state of token i). In the training-time test its own outputs become the states of the
-next step, as they do from level to level of a draft tree, and the loss is taken at every step.
+next step, as they do from level to level of a draft tree, and the loss is taken at every step; EAGLE-1 is trained in
+the same way, as in HASS (Zhang et al., 2024).
 """
 
 from __future__ import annotations
@@ -19,42 +20,41 @@ from training.settings import Settings
 
 UNROLLED = "bundled_unrolled"
 STEP_WEIGHT = 0.8  # of a step's loss against the step before it
-FEATURE_NOISE = 0.1  # of EAGLE-1's input, in units of its root mean square: at depth its states are its own, imperfect
 INITIAL_STD = 0.02
 
 
 class Unrolled:
     """Attention through the steps of a training-time test, one call per step; doubles as the model's attention.
 
-    At step k the pair at index i sees the pairs up to i - k as step 0 made them, then one pair of each step after:
-    indices i - k + 1 .. i, its own chain.
+    Step 0 makes all pairs, each seeing those up to its own. Then chains begin at some of them: step k of the chain
+    that starts at index j is the pair at j + k. It sees pairs 0 .. j as step 0 made them, and its own chain's since.
+
+    Args:
+        starts: [n] indices at which chains begin.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, starts: Tensor) -> None:
+        self._starts = starts
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """[B, H, T, D] for `query` [B, H, T, D] and `key`, `value` of the newest step."""
+        """Attention over all steps so far, for the newest; [B, H, T, D] at step 0, then [B, H, n, D]."""
         query, key = query.to(value.dtype), key.to(value.dtype)
         self._keys.append(key)
         self._values.append(value)
-        step, length = len(self._keys) - 1, query.shape[2]
-        if not step:
+        (base_keys, *chain_keys), (base_values, *chain_values) = self._keys, self._values
+        if not chain_keys:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril(-step)
-        scores = (query @ self._keys[0].mT).masked_fill(~visible, float("-inf"))
-        chain = [(self._shifted(self._keys, step, s) * query).sum(-1, keepdim=True) for s in range(1, step + 1)]
-        weights = (torch.cat((scores, *chain), dim=-1).float() * scaling).softmax(-1).to(value.dtype)
-        output = weights[..., :length] @ self._values[0]
-        for s in range(1, step + 1):
-            output = output + weights[..., length + s - 1, None] * self._shifted(self._values, step, s)
+        length = base_keys.shape[2]
+        unseen = torch.arange(length, device=query.device) > self._starts[:, None]
+        scores = (query @ base_keys.mT).masked_fill(unseen, float("-inf"))
+        own = [(query * key).sum(-1, keepdim=True) for key in chain_keys]
+        weights = (torch.cat((scores, *own), dim=-1).float() * scaling).softmax(-1).to(value.dtype)
+        output = weights[..., :length] @ base_values
+        for step, value in enumerate(chain_values):
+            output = output + weights[..., length + step, None] * value
         return output
-
-    @staticmethod
-    def _shifted(parts: list[Tensor], step: int, of: int) -> Tensor:
-        """What step `of` made for index i - step + of, at index i."""
-        return later(parts[of], step - of)
 
 
 def unrolled_attention(
@@ -67,11 +67,6 @@ def unrolled_attention(
 
 
 AttentionInterface.register(UNROLLED, unrolled_attention)
-
-
-def later(states: Tensor, steps: int) -> Tensor:
-    """`states` [..., T, X] moved `steps` places towards the end; zeros come in."""
-    return F.pad(states, (0, 0, steps, 0))[..., : states.shape[-2], :]
 
 
 def new_head(kind: str, target: LlamaForCausalLM, settings: Settings, target_ids: Tensor) -> Head:
@@ -108,49 +103,61 @@ def frequent_tokens(texts: list[np.ndarray], count: int, vocab_size: int) -> Ten
 
 
 def head_objective(head: Head, target: LlamaForCausalLM, settings: Settings) -> Callable[[Tensor], Tensor]:
-    """Loss of whole rows `tokens` [B, T].
+    """Loss of whole rows `tokens` [B, T], summed over the steps of a training-time test.
 
-    The divergence of the head's distribution from the target's, over the tokens the head knows; EAGLE-3's summed over
-    the steps of its training-time test, EAGLE-1's with the distance of its output from the target's next feature.
+    The divergence of the head's distribution from the target's, over the tokens the head knows; EAGLE-1's with the
+    distance of its output from the target's next feature.
     """
-    is_eagle1 = isinstance(head, Eagle1Head)
-    steps = 1 if is_eagle1 else settings.eagle_steps
+    is_eagle1, steps = isinstance(head, Eagle1Head), settings.eagle_steps
 
     def loss(tokens: Tensor) -> Tensor:
         with torch.no_grad():
             features, final = target_features(head, target, tokens)
-            logits = target.lm_head(final[:, 1:]).float()
-            wanted = F.log_softmax(logits / settings.teacher_temperature, dim=-1)
+            nexts = final[:, 1:]
+            wanted = F.log_softmax(target.lm_head(nexts).float() / settings.teacher_temperature, dim=-1)
             wanted = wanted if head.target_ids is None else wanted[..., head.target_ids]
-            if is_eagle1:
-                scale = features.float().square().mean().sqrt()
-                features = features + FEATURE_NOISE * scale * torch.randn_like(features)
+        starts = chain_starts(tokens, steps, settings.eagle_stride)
         total = torch.zeros((), device=tokens.device)
-        for step, hidden in enumerate(unroll(head, tokens, features, steps)):
-            drafted = F.log_softmax(head.logits(hidden[:, step:]).float(), dim=-1)
-            expected = wanted[:, step:]
-            divergence = (expected.exp() * (expected - drafted)).sum(-1).mean()
-            total = total + STEP_WEIGHT**step * divergence
+        for step, hidden in enumerate(unroll(head, tokens, features, starts, steps)):
+            drafted = F.log_softmax(head.logits(hidden).float(), dim=-1)
+            expected = at_step(step, starts, wanted)
+            distance = (expected.exp() * (expected - drafted)).sum(-1).mean()
             if is_eagle1:
-                total = total + F.smooth_l1_loss(hidden.float(), final[:, 1:].float())
+                distance = distance + F.smooth_l1_loss(hidden.float(), at_step(step, starts, nexts).float())
+            total = total + STEP_WEIGHT**step * distance
         return total
 
     return loss
 
 
-def unroll(head: Head, tokens: Tensor, features: Tensor, steps: int) -> list[Tensor]:
-    """The block's output [B, T - 1, H] of every step; from step k on, what stands before index k has no meaning.
+def chain_starts(tokens: Tensor, steps: int, stride: int) -> Tensor:
+    """Every `stride`-th index from a random one on, [n], such that `steps` steps stay within `tokens` [B, T].
+
+    Neighbouring chains teach much the same, and step 0 has taught all pairs. The offset never changes n: one shape.
+    """
+    count = (tokens.shape[1] - steps) // stride
+    offset = torch.randint(stride, (1,), device=tokens.device)
+    return torch.arange(count, device=tokens.device) * stride + offset
+
+
+def at_step(step: int, starts: Tensor, sequence: Tensor) -> Tensor:
+    """Of `sequence` [B, T - 1, ...], what belongs to the pairs of `step`: all at step 0, then [B, n, ...]."""
+    return sequence.index_select(1, starts + step) if step else sequence
+
+
+def unroll(head: Head, tokens: Tensor, features: Tensor, starts: Tensor, steps: int) -> list[Tensor]:
+    """The block's output of every step: [B, T - 1, H] of all pairs, then [B, n, H] of the chains from `starts` [n].
 
     Args:
         tokens: [B, T]; features: [B, T, F] of the target.
     """
     states = head.states(features[:, :-1])
-    positions = torch.arange(states.shape[1], device=tokens.device)[None]
-    rotation = head.rotary_emb(states, positions)
-    unrolled, outputs = Unrolled(), []
-    for _ in range(steps):
-        outputs.append(head(tokens[:, 1:], states, rotation, unrolled=unrolled))
-        states = later(outputs[-1], 1)
+    rotation = head.rotary_emb(states, torch.arange(states.shape[1], device=tokens.device)[None])
+    unrolled, outputs = Unrolled(starts), []
+    for step in range(steps):
+        newest, cos, sin = (at_step(step, starts, sequence) for sequence in (tokens[:, 1:], *rotation))
+        outputs.append(head(newest, states, (cos, sin), unrolled=unrolled))
+        states = outputs[-1] if step else outputs[-1].index_select(1, starts)
     return outputs
 
 
@@ -170,12 +177,13 @@ def target_features(head: Head, target: LlamaForCausalLM, tokens: Tensor) -> tup
 
 def head_agreement(head: Head, target: LlamaForCausalLM, rows: Tensor, steps: int) -> dict[str, float]:
     """Share of `rows` [n, T] on which the head's choice is the target's: step k + 1 from k of its own states."""
+    starts = chain_starts(rows, steps, stride=1)
     equal: list[list[Tensor]] = [[] for _ in range(steps)]
     for part in rows.split(8):
         features, final = target_features(head, target, part)
         wanted = target.lm_head(final[:, 1:]).argmax(-1)
-        for step, hidden in enumerate(unroll(head, part, features, steps)):
+        for step, hidden in enumerate(unroll(head, part, features, starts, steps)):
             chosen = head.logits(hidden).argmax(-1)
             chosen = chosen if head.target_ids is None else head.target_ids[chosen]
-            equal[step].append((chosen == wanted)[:, step:].float().mean())
+            equal[step].append((chosen == at_step(step, starts, wanted)).float().mean())
     return {f"same_argmax_{step + 1}": torch.stack(shares).mean().item() for step, shares in enumerate(equal)}

@@ -58,9 +58,10 @@ class Settings:
     eagle_batch: int = 64
     eagle_layers: str = "2,4,6"  # EAGLE-3's features: the target's residual stream entering these; 6 of 6: its end
     eagle_vocab: int = 4096
-    eagle_steps: int = 5  # of EAGLE-3's training-time test
-    eagle1_seconds: float = 80.0
-    eagle3_seconds: float = 160.0
+    eagle_steps: int = 5  # of the training-time test
+    eagle_stride: int = 4  # every how many pairs a chain of its later steps begins
+    eagle1_seconds: float = 240.0
+    eagle3_seconds: float = 240.0
 
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -84,6 +85,8 @@ class Settings:
             raise TrainingError(f"--generation_prompt must stay below --draft_context ({self.draft_context})")
         if self.draft_context > self.long_context or self.short_context > self.long_context:
             raise TrainingError(f"no context may exceed --long_context ({self.long_context})")
+        if not 1 <= self.eagle_stride <= self.draft_context - self.eagle_steps:
+            raise TrainingError(f"--eagle_stride {self.eagle_stride} leaves no chain of --eagle_steps in a row")
         if self.vocab_size > 2**16:
             raise TrainingError(f"--vocab_size {self.vocab_size} does not fit 16-bit tokens (65536)")
 

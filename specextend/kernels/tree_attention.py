@@ -41,6 +41,12 @@ class Launch:
     stages: int = 3
 
 
+def launch_for(device: torch.device, kv_heads: int, rows: int) -> Launch:
+    """A launch that fills the multiprocessors: `rows` stacked queries for each of `kv_heads`."""
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return Launch(splits=max(1, min(32, programs // (kv_heads * triton.cdiv(rows, 128)))))
+
+
 class Workspace:
     """Partial results, allocated once for the largest launch; a captured graph keeps pointing at them."""
 
@@ -74,19 +80,20 @@ def tree_attention(
     Args:
         query: [H, T, D], float16, bfloat16 or float32; D a power of two of at least 16.
         keys, values: [H_kv, S, D], the whole buffers, D contiguous; the slots stand behind the prefix.
-        length: [] or [1] int32 on the device, the prefix's N.
+        length: [] or [1] integer on the device, the prefix's N.
         mask: [T, ceil(slots / 32)] int32 as `pack_mask` makes it; every query sees some prefix or slot.
         scaling: factor on the scores.
         slots: K, number of slots behind the prefix.
     Returns:
-        output [H, T, D] in the query's dtype and lse [H, T] float32 (natural logarithm).
+        output [H, T, D] in the query's dtype, in memory [T, H, D] as the output projection reads it, and lse [H, T]
+        float32 (natural logarithm).
     """
     heads, queries, dim = query.shape
     kv_heads = keys.shape[0]
     groups = heads // kv_heads
     rows = min(128, max(16, triton.next_power_of_2(groups * queries)))
     workspace = workspace or Workspace(heads, queries, dim, launch.splits, query.device)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    output = query.new_empty(queries, heads, dim)
     lse = torch.empty(heads, queries, dtype=torch.float32, device=query.device)
     _split[(launch.splits, kv_heads, triton.cdiv(groups * queries, rows))](
         query, keys, values, length, mask, workspace.output, workspace.lse,
@@ -97,10 +104,10 @@ def tree_attention(
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     _merge[(heads * queries,)](
-        workspace.output, workspace.lse, output, lse, heads * queries,
+        workspace.output, workspace.lse, output, lse, heads, queries,
         SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1,
     )  # fmt: skip
-    return output, lse
+    return output.transpose(0, 1), lse
 
 
 @triton.jit
@@ -124,42 +131,35 @@ def _split(
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, DIM], tl.float32)
 
-    prefix = tl.load(length)
+    prefix = tl.load(length).to(tl.int32)
     share = tl.cdiv(tl.cdiv(prefix, SPLITS), KEYS) * KEYS
     end = tl.minimum(split * share + share, prefix)
-    for start in range(split * share, end, KEYS):
-        position = start + offset
-        is_key = position < end
-        k = tl.load(keys + position[:, None] * key_row + dim[None, :], is_key[:, None], 0.0)
-        scores = tl.where(is_key[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-        highest = tl.maximum(best, tl.max(scores, 1))  # finite: the tile has a key
-        weights = tl.exp2(scores - highest[:, None])
-        decay = tl.exp2(best - highest)
-        v = tl.load(values + position[:, None] * value_row + dim[None, :], is_key[:, None], 0.0)
-        total = total * decay + tl.sum(weights, 1)
-        output = tl.dot(weights.to(v.dtype), v, output * decay[:, None])
-        best = highest
-
+    whole = split * share + tl.maximum(end - split * share, 0) // KEYS * KEYS
+    for start in range(split * share, whole, KEYS):
+        at = start + offset
+        k = tl.load(keys + at[:, None] * key_row + dim[None, :])
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        v = tl.load(values + at[:, None] * value_row + dim[None, :])
+        best, total, output = _absorb(scores, v, scale, best, total, output)
+    if whole < end:
+        at = whole + offset
+        k = tl.load(keys + at[:, None] * key_row + dim[None, :], (at < end)[:, None], 0.0)
+        scores = tl.where((at < end)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        v = tl.load(values + at[:, None] * value_row + dim[None, :], (at < end)[:, None], 0.0)
+        best, total, output = _absorb(scores, v, scale, best, total, output)
     if split == SPLITS - 1:
         for start in range(0, slots, KEYS):
             slot = start + offset
+            is_slot = slot < slots
             word = tl.load(
-                mask + node[:, None] * mask_row + (slot // 32)[None, :],
-                is_row[:, None] & (slot < slots)[None, :],
-                0,
+                mask + node[:, None] * mask_row + (slot // 32)[None, :], is_row[:, None] & is_slot[None, :], 0
             )
             visible = ((word >> (slot % 32)[None, :]) & 1) == 1
-            position = prefix + slot
-            k = tl.load(keys + position[:, None] * key_row + dim[None, :], (slot < slots)[:, None], 0.0)
-            scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-            highest = tl.maximum(best, tl.max(scores, 1))
-            pivot = tl.where(highest == float("-inf"), 0.0, highest)  # nothing visible so far: all weights are 0
-            weights = tl.exp2(scores - pivot[:, None])
-            decay = tl.exp2(best - pivot)
-            v = tl.load(values + position[:, None] * value_row + dim[None, :], (slot < slots)[:, None], 0.0)
-            total = total * decay + tl.sum(weights, 1)
-            output = tl.dot(weights.to(v.dtype), v, output * decay[:, None])
-            best = highest
+            at = prefix + slot
+            k = tl.load(keys + at[:, None] * key_row + dim[None, :], is_slot[:, None], 0.0)
+            scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+            v = tl.load(values + at[:, None] * value_row + dim[None, :], is_slot[:, None], 0.0)
+            best, total, output = _absorb(scores, v, scale, best, total, output)
 
     place = split * heads * queries + head * queries + node
     seen = total > 0
@@ -169,12 +169,23 @@ def _split(
 
 
 @triton.jit
+def _absorb(scores, v, scale, best, total, output):
+    """Add keys of unscaled `scores` and values `v` to a softmax in progress; -inf is a key not seen."""
+    highest = tl.maximum(best, tl.max(scores, 1) * scale)
+    pivot = tl.where(highest == float("-inf"), 0.0, highest)  # nothing seen so far: all weights are 0
+    weights = tl.exp2(scores * scale - pivot[:, None])
+    decay = tl.exp2(best - pivot)
+    output = tl.dot(weights.to(v.dtype), v, output * decay[:, None], input_precision="ieee")
+    return highest, total * decay + tl.sum(weights, 1), output
+
+
+@triton.jit
 def _merge(
-    partial, partial_lse, output, lse, rows,
+    partial, partial_lse, output, lse, heads, queries,
     SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One softmax out of the splits' for one query of one head."""
-    row = tl.program_id(0)
+    row, rows = tl.program_id(0), heads * queries
     split, dim = tl.arange(0, PADDED), tl.arange(0, DIM)
     is_split = split < SPLITS
     part = tl.load(partial_lse + split * rows + row, is_split, float("-inf"))
@@ -183,5 +194,6 @@ def _merge(
     total = tl.sum(weights, 0)
     parts = tl.load(partial + (split * rows + row)[:, None] * DIM + dim[None, :], is_split[:, None], 0.0)
     merged = tl.sum(parts * weights[:, None], 0) / total
-    tl.store(output + row * DIM + dim, merged.to(output.dtype.element_ty))
+    place = (row % queries) * heads + row // queries
+    tl.store(output + place * DIM + dim, merged.to(output.dtype.element_ty))
     tl.store(lse + row, (highest + tl.log2(total)) / 1.4426950408889634)

@@ -1,0 +1,286 @@
+"""Draft trees on the device in few launches (Triton): best children, growth, the final tree, the verdict, compaction.
+
+The definitions are `tree.grow`, `verify.accept` and `KVCache.commit`, where a level of a tree takes some forty small
+operations; here it takes two launches. Ancestors are bits: slot j in bit j % 32 of word j // 32.
+
+"The k best" are found by their k-th value, bit by bit from the highest, which needs no sort; among equals the older
+index is kept, as a stable sort would.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specextend.config import TreeConfig
+
+WORD = 32
+BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # of a float32 that holds a value of the dtype
+
+
+@triton.jit
+def _best(values, count, BITS: tl.constexpr):
+    """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each.
+
+    BITS: leading bits that can differ, fewer for values of half precision.
+    """
+    bits = values.to(tl.uint32, bitcast=True)
+    ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # unsigned, in the values' order
+    key = ordered >> (32 - BITS)
+    lowest = tl.full([], 0, tl.uint32)
+    for bit in tl.static_range(BITS):
+        higher = lowest | (1 << (BITS - 1 - bit))
+        lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
+    above, equal = (key > lowest).to(tl.int32), (key == lowest).to(tl.int32)
+    both = tl.cumsum(above * 2097152 + equal, 0)  # two counts in one scan, of up to 1,023 and 2,097,151
+    above_before, equal_before = (both >> 21) - above, (both & 2097151) - equal
+    needed = count - tl.sum(above, 0)
+    taken = (above == 1) | ((equal == 1) & (equal_before < needed))
+    return taken, above_before + tl.minimum(equal_before, needed)
+
+
+@triton.jit
+def _children(
+    logits, above, names, tokens, scores, vocab, stride, width,
+    NAMED: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """The `width` most probable tokens after one node, with the scores of the paths to them."""
+    row = tl.program_id(0)
+    index = tl.arange(0, SIZE)
+    x = tl.load(logits + row.to(tl.int64) * stride + index, index < vocab, float("-inf")).to(tl.float32)
+    highest = tl.max(x, 0)
+    normal = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
+    taken, place = _best(x, width, BITS)
+    at = row * KEPT + place
+    token = tl.load(names + index, taken, 0).to(tl.int32) if NAMED else index
+    tl.store(tokens + at, token, taken)
+    tl.store(scores + at, tl.minimum(x - normal, 0.0) + tl.load(above + row), taken)
+
+
+@triton.jit
+def _level(
+    child_tokens, child_scores, parents_above, level_tokens, below, above, tokens, parents, scores, words, state,
+    level, wide, width, nodes, threshold, floor,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on."""
+    index = tl.arange(0, SIZE)
+    row, column = index // width, index % width
+    is_child = row < wide
+    score = tl.load(child_scores + row * KEPT + column, is_child, float("-inf"))
+    taken, place = _best(tl.where(is_child, score, float("-inf")), width, 32)
+    taken = taken & is_child
+    token = tl.load(child_tokens + row * KEPT + column, is_child, 0)
+    first = level * width  # of this level's slots among all levels'
+    alive = tl.load(state) > 0
+    tl.store(level_tokens + place, token.to(tl.int64), taken)
+    tl.store(below + place, row.to(tl.int64), taken)
+    tl.store(above + place, score, taken)
+    tl.store(tokens + first + place, token.to(tl.int64), taken)
+    tl.store(parents + first + place, tl.where(level > 0, row + 1 + first - width, 0), taken)
+    counted = tl.where(score >= floor, score, float("-inf"))
+    tl.store(scores + first + place, tl.where(alive, counted, float("-inf")), taken)
+    tl.debug_barrier()
+
+    lane = tl.arange(0, LANES)
+    is_lane = lane < width
+    parent = tl.load(below + lane, is_lane, 0)
+    slot = first + lane
+    for w in range(WORDS):
+        inherited = tl.load(words + (first - width + parent) * WORDS + w, is_lane & (level > 0), 0)
+        own = tl.where(slot // 32 == w, 1 << (slot % 32), 0)
+        tl.store(words + slot * WORDS + w, inherited | own, is_lane)
+
+    every = tl.arange(0, ALL)
+    everything = tl.load(scores + every, every < first + width, float("-inf"))
+    best, _ = _best(everything, tl.minimum(nodes, first + width), 32)
+    total = tl.sum(tl.where(best, tl.exp(everything), 0.0), 0)
+    expected = tl.load(state + 1)
+    goes_on = tl.where(total - expected >= threshold, tl.load(state), 0.0)
+    tl.debug_barrier()
+    tl.store(state, goes_on)
+    tl.store(state + 1, tl.where(goes_on > 0, total, expected))
+
+
+@triton.jit
+def _tree(
+    root, tokens, parents, scores, words, kept, order, tree_tokens, tree_parents, tree_depth, tree_used, tree_words,
+    candidates, width, slots,
+    WORDS: tl.constexpr, TREE_WORDS: tl.constexpr, ALL: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The `slots` best of root and candidates, in order; candidate c is node c + 1 of all, the root node 0."""
+    node = tl.arange(0, ALL)
+    is_node = node <= candidates
+    score = tl.load(scores + node - 1, is_node & (node > 0), float("-inf"))
+    score = tl.where(node == 0, float("inf"), score)
+    taken, place = _best(score, slots, 32)
+    tl.store(kept + place, node, taken)
+    tl.store(order + node, place, is_node)
+    tl.debug_barrier()
+
+    slot = tl.arange(0, SLOTS)
+    is_slot = slot < slots
+    at = tl.load(kept + slot, is_slot, 0)
+    is_child = is_slot & (at > 0)
+    token = tl.load(tokens + at - 1, is_child, 0)
+    tl.store(tree_tokens + slot, tl.where(at > 0, token, tl.load(root)), is_slot)
+    parent = tl.load(order + tl.load(parents + at - 1, is_child, 0), is_child, -1)
+    tl.store(tree_parents + slot, parent, is_slot)
+    tl.store(tree_depth + slot, (at + width - 1) // width, is_slot)
+    reached = tl.load(scores + at - 1, is_child, 0.0)  # the root always is
+    tl.store(tree_used + slot, (reached > float("-inf")).to(tl.int32), is_slot)
+
+    for w in range(TREE_WORDS):
+        bit = tl.arange(0, 32)
+        other = w * 32 + bit
+        ancestor = tl.load(kept + other, other < slots, 0) - 1  # candidate in question; -1 is the root
+        word = tl.load(
+            words + (at - 1)[:, None] * WORDS + (ancestor // 32)[None, :],
+            is_child[:, None] & (ancestor >= 0)[None, :] & (other < slots)[None, :],
+            0,
+        )
+        seen = ((word >> (ancestor % 32)[None, :]) & 1) == 1
+        seen = seen | ((other == 0)[None, :] & is_slot[:, None])
+        tl.store(tree_words + slot * TREE_WORDS + w, tl.sum(seen.to(tl.int32) << bit[None, :], 1), is_slot)
+
+
+@triton.jit
+def _accept(
+    tokens, parents, used, words, chosen, path, emitted, count, newest, start, length, slots,
+    WORDS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Follow the target's choices down the tree; `start` gets the old length, `length` the new one."""
+    slot = tl.arange(0, SLOTS)
+    is_slot = slot < slots
+    parent = tl.load(parents + slot, is_slot, -1)
+    wanted = tl.load(chosen + parent, is_slot & (parent >= 0), -1)
+    used_ = tl.load(used + slot, is_slot, 0) > 0
+    matches = used_ & ((slot == 0) | (tl.load(tokens + slot, is_slot, -2) == wanted))
+    on_path = used_
+    for w in range(WORDS):
+        bits = tl.sum(tl.where((slot // 32 == w) & matches, 1 << (slot % 32), 0), 0)
+        word = tl.load(words + slot * WORDS + w, is_slot, 0)
+        on_path = on_path & ((word & ~bits) == 0)
+    place = tl.cumsum(on_path.to(tl.int32), 0) - 1
+    total = tl.sum(on_path.to(tl.int32), 0)
+    tl.store(path + place, slot.to(tl.int64), on_path)
+    tl.store(emitted + place, tl.load(chosen + slot, is_slot, 0), on_path)
+    tl.store(newest, tl.max(tl.where(on_path, slot, 0), 0).to(tl.int64))
+    tl.store(count, total.to(tl.int64))
+    known = tl.load(length)
+    tl.debug_barrier()
+    tl.store(start, known)
+    tl.store(length, known + total)
+
+
+@triton.jit
+def _compact(
+    keys, values, path, count, start, layer_stride, head_stride, row_stride,
+    PATH: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Move one head's rows `path` to the front of the scratch; all are read before one is written."""
+    base = tl.program_id(0).to(tl.int64) * layer_stride + tl.program_id(1).to(tl.int64) * head_stride
+    step, dim = tl.arange(0, PATH), tl.arange(0, DIM)
+    moves = step < tl.load(count)
+    first = tl.load(start)
+    source = base + (first + tl.load(path + step, moves, 0))[:, None] * row_stride + dim[None, :]
+    target = base + (first + step)[:, None] * row_stride + dim[None, :]
+    k = tl.load(keys + source, moves[:, None])
+    v = tl.load(values + source, moves[:, None])
+    tl.debug_barrier()
+    tl.store(keys + target, k, moves[:, None])
+    tl.store(values + target, v, moves[:, None])
+
+
+class TreeBuffers:
+    """What growing and judging trees of one `TreeConfig` needs; a captured graph keeps pointing at it.
+
+    Attributes:
+        tokens: [T] int64, parents, depth, used: [T] int32, words: [T, ceil(T / 32)] int32 of the finished tree.
+        path, emitted: [P] int64, count, newest: [] int64 of the verdict; beyond `count` anything.
+    """
+
+    def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
+        self._config, self._vocab_size = config, vocab_size
+        self._floor = math.log(config.min_probability) if config.min_probability else -math.inf
+        self.width = width = min(config.nodes, vocab_size)
+        every = width * config.max_depth
+        self.slots = min(config.nodes, every) + 1
+
+        def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.kept_per_row = triton.next_power_of_2(width)
+        self.child_tokens = room(width, self.kept_per_row)
+        self.child_scores = room(width, self.kept_per_row, dtype=torch.float32)
+        self.level_tokens, self.below = room(width, dtype=torch.int64), room(width, dtype=torch.int64)
+        self.above = room(width, dtype=torch.float32)
+        self.all_tokens, self.all_parents = room(every, dtype=torch.int64), room(every)
+        self.all_scores, self.state = room(every, dtype=torch.float32), room(2, dtype=torch.float32)
+        self.all_words = room(every, -(-every // WORD))
+        self.kept, self.order = room(self.slots), room(every + 1)
+        self.tokens, self.parents = room(self.slots, dtype=torch.int64), room(self.slots)
+        self.depth, self.used = room(self.slots), room(self.slots)
+        self.words = room(self.slots, -(-self.slots // WORD))
+        steps = min(config.max_depth + 1, self.slots)
+        self.path, self.emitted = room(steps, dtype=torch.int64), room(steps, dtype=torch.int64)
+        self.count, self.newest, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+        self._fresh = torch.tensor([1.0, 0.0], device=device)  # a tree still grows, and expects nothing
+
+    def begin(self) -> None:
+        """Start a new tree."""
+        self.above.zero_()
+        self.state.copy_(self._fresh)
+
+    def add_level(self, logits: Tensor, level: int, names: Tensor | None = None) -> None:
+        """Level `level` (0 is the root's children) from the `logits` [n, V] after the nodes of the level before.
+
+        Args:
+            names: [V] token of every column, where it is not the column itself.
+        """
+        wide, vocab = 1 if level == 0 else self.width, self._vocab_size
+        _children[(wide,)](
+            logits, self.above, logits if names is None else names, self.child_tokens, self.child_scores,
+            vocab, logits.stride(0), self.width, NAMED=names is not None,
+            KEPT=self.kept_per_row, SIZE=triton.next_power_of_2(vocab),
+            BITS=BITS[logits.dtype], num_warps=16 if vocab > 4096 else 4,
+        )  # fmt: skip
+        words = self.all_words.shape[1]
+        _level[(1,)](
+            self.child_tokens, self.child_scores, self.all_parents, self.level_tokens, self.below, self.above,
+            self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.state,
+            level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
+            KEPT=self.kept_per_row, WORDS=words, SIZE=triton.next_power_of_2(self.width * wide),
+            ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
+        )  # fmt: skip
+
+    def finish(self, root: Tensor) -> None:
+        """The tree below `root` [] out of all levels."""
+        every = len(self.all_scores)
+        _tree[(1,)](
+            root, self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.kept, self.order,
+            self.tokens, self.parents, self.depth, self.used, self.words, every, self.width, self.slots,
+            WORDS=self.all_words.shape[1], TREE_WORDS=self.words.shape[1], ALL=triton.next_power_of_2(every + 1),
+            SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
+        )  # fmt: skip
+
+    def accept(self, chosen: Tensor, length: Tensor) -> None:
+        """The verdict of the target's choices `chosen` [T] int64; adds the accepted to `length` [] in place."""
+        _accept[(1,)](
+            self.tokens, self.parents, self.used, self.words, chosen, self.path, self.emitted, self.count,
+            self.newest, self.start, length, self.slots,
+            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
+        )  # fmt: skip
+
+    def compact(self, keys: Tensor, values: Tensor) -> None:
+        """Move the accepted rows of `keys` and `values` [L, H_kv, S, D] to the front of the scratch."""
+        layers, heads, _, dim = keys.shape
+        assert keys.stride() == values.stride()
+        _compact[(layers, heads)](
+            keys, values, self.path, self.count, self.start, keys.stride(0), keys.stride(1), keys.stride(2),
+            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2,
+        )  # fmt: skip
