@@ -88,7 +88,8 @@ def _widen_fc(wide: nn.Linear, small: nn.Linear, spare: int) -> None:
 
 def _more_ids(head: Eagle3Head, wide: PreTrainedModel, draft_vocab: int) -> torch.Tensor:
     """The head's target ids, then ids it does not know, up to `draft_vocab` of them."""
-    own = torch.arange(head.config.vocab_size) if head.target_ids is None else head.target_ids.cpu()
-    known = torch.zeros(wide.config.vocab_size, dtype=torch.bool)
+    device = wide.device
+    own = torch.arange(head.config.vocab_size, device=device) if head.target_ids is None else head.target_ids.to(device)
+    known = torch.zeros(wide.config.vocab_size, dtype=torch.bool, device=device)
     known[own] = True
     return torch.cat((own, (~known).nonzero()[: draft_vocab - len(own), 0]))

@@ -10,6 +10,7 @@ their acceptance, at the cost of the large models' weights. Everything runs in o
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -39,7 +40,6 @@ from specextend.widen import SHAPES, widen
 PARTS = ("bandwidth", "kernels", "prefill", "stages", "decode", "eagle", "trace", "long")
 REPEATS = 20
 DRAFT_SHAPE = {"vicuna_7b": "vicuna_68m", "llama31_8b": None}
-EAGER_TOKENS = 24  # of the methods that take 60 ms a round
 EAGLE_VOCAB = 32000  # draft vocabulary of the published EAGLE-3 heads
 EAGLE_RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)
 GIB = 1 << 30
@@ -47,13 +47,16 @@ GIB = 1 << 30
 
 def main() -> None:
     args = parse_args()
+    if args.summarize:
+        write_json(args.summarize.with_name("summary.json"), summary(json.loads(args.summarize.read_text())))
+        return
     bench = Bench(args)
     for part in args.only:
         began = time.monotonic()
         bench.results[part] = getattr(bench, part)()
         bench.note(f"{part}: {time.monotonic() - began:.0f}s")
         bench.write()
-    print(table(bench.summary()))
+    print(table(summary(bench.results)))
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,7 +71,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--decode_seconds", type=float, default=140.0, help="for decoding prompts, per pair of models")
     parser.add_argument("--output", type=Path, default=Path("results/gpu"))
+    parser.add_argument("--summarize", type=Path, metavar="BENCH_JSON", help="only write its summary.json anew")
     args = parser.parse_args()
+    if args.summarize:
+        return args
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
     return args
@@ -113,7 +119,7 @@ class Bench:
             "log": self.log, **self.results,
         }  # fmt: skip
         write_json(self.args.output / "bench.json", record)
-        write_json(self.args.output / "summary.json", self.summary())
+        write_json(self.args.output / "summary.json", summary(self.results))
 
     # --- parts ---
 
@@ -203,14 +209,9 @@ class Bench:
         return figures
 
     def decode(self) -> list[dict]:
-        """Real prompts by every method, each beside our captured autoregressive decoding."""
-        standard = SpecExtendConfig.standard(tree=TreeConfig())
-        best_standard = replace(standard, flash_prefill=True, hybrid_tree_attention=True)
-        engines = {
-            "specextend": self.engine,
-            "standard captured": self.engine.with_config(best_standard),
-            "standard": self.engine.with_config(standard),
-        }
+        """Real prompts beside our captured autoregressive decoding; standard is captured and fused like SpecExtend."""
+        standard = SpecExtendConfig(flash_prefill=True, hybrid_tree_attention=True, tree=TreeConfig())
+        engines = {"specextend": self.engine, "standard captured": self.engine.with_config(standard)}
         return self.decode_all(engines, self.args.lengths, self.args.samples)
 
     def decode_all(self, engines: dict[str, SpecExtend], lengths: list[int], samples: int) -> list[dict]:
@@ -232,12 +233,9 @@ class Bench:
         about = {"data": name, "tokens": length, "temperature": temperature, "prompt_tokens": len(ids)}
         yield about | self.row("autoregressive captured", alone)
         for method, engine in engines.items():
-            if method == "standard" and temperature:
-                continue
-            new_tokens = EAGER_TOKENS if method == "standard" else self.args.new_tokens
-            generation = engine.generate(ids, new_tokens, sampling=sampling)
+            generation = engine.generate(ids, self.args.new_tokens, sampling=sampling)
             row = about | self.row(method, generation)
-            part = first_difference(generation.token_ids, alone.token_ids[: generation.new_tokens])
+            part = first_difference(generation.token_ids, alone.token_ids)
             yield row | {"first_difference": part, "gap": self.gap(ids, alone.token_ids, part, sampling)}
         if not temperature:
             yield about | {"method": "autoregressive Hugging Face"} | self.hugging_face(ids, 12)
@@ -375,59 +373,59 @@ class Bench:
         torch.cuda.empty_cache()
         self._text = text
 
-    # --- the figures by name ---
 
-    def summary(self) -> dict[str, float]:
-        """The figures that are compared between machines and versions, flat."""
-        found: dict[str, float] = {}
-        if "bandwidth" in self.results:
-            found["copy_bandwidth_tb_s"] = self.results["bandwidth"]["copy_tb_s"]
-            found["read_bandwidth_tb_s"] = self.results["bandwidth"]["read_tb_s"]
-        for row in self.results.get("kernels", []):
-            if row["slots"] == 64:
-                found[f"hta_bandwidth_fraction_{row['tokens'] // 1000}k"] = row["tb_s"] / self.read_rate
-        for row in self.results.get("prefill", []):
-            if row["tokens"] == 16000:
-                found |= {"prefill_s_16k": row["target_s"], "prefill_hf_s_16k": row["hugging_face_sdpa_s"]}
-                found["prefill_draft_s_16k"] = row["draft_s"]
-        for row in self.results.get("stages", []):
-            if row["tokens"] in (1000, 16000):
-                at = f"_{row['tokens'] // 1000}k"
-                found |= {f"verify_ms{at}": row["verify_ms"], f"ar_graph_ms{at}": row["autoregressive_ms"]}
-                found |= {f"round_ms{at}": row["round_ms"], f"draft_tree_ms_68m{at}": row["draft_ms"]}
-                found |= {f"refresh_ms{at}": row["refresh_ms"], f"byte_floor_ms{at}": row["byte_floor_ms"]}
-            if row["tokens"] == 16000:
-                found |= {"accept_ms": row["accept_ms"], "draft_tree_ms_68m": row["draft_ms"]}
-                found["peak_extra_gb"] = row["peak_extra_gb"]
-        for row in self.results.get("eagle", []):
-            found[f"draft_tree_ms_{row['head']}"] = row["stages"]["draft_ms"]
-        return found | self.decode_summary()
+# --- the figures by name ---
 
-    def decode_summary(self) -> dict[str, float]:
-        rows = [row for row in self.results.get("decode", []) if row["temperature"] == 0]
 
-        def rate(method: str, length: int) -> float | None:
-            found = [row["ms_per_round"] for row in rows if (row["method"], row["tokens"]) == (method, length)]
-            tokens = [row["accepted_per_round"] + 1 if "accepted_per_round" in row else 1.0 for row in rows
-                      if (row["method"], row["tokens"]) == (method, length)]  # fmt: skip
-            return 1e3 * sum(tokens) / sum(found) if found else None
+def summary(record: dict) -> dict[str, float]:
+    """The figures that are compared between machines and versions, flat."""
+    found: dict[str, float] = {}
+    for kind, rate in record.get("bandwidth", {}).items():
+        found[kind.replace("_tb_s", "_bandwidth_tb_s")] = rate
+    for row in record.get("kernels", []):
+        if row["slots"] == 64:
+            found[f"hta_bandwidth_fraction_{short(row)}"] = row["tb_s"] / found["read_bandwidth_tb_s"]
+    for row in record.get("prefill", []):
+        if row["tokens"] == 16000:
+            found |= {"prefill_s_16k": row["target_s"], "prefill_hf_s_16k": row["hugging_face_sdpa_s"]}
+            found["prefill_draft_s_16k"] = row["draft_s"]
+    for row in record.get("stages", []):
+        names = {"verify": "verify", "autoregressive": "ar_graph", "round": "round", "draft": "draft_tree"}
+        names |= {"refresh": "refresh", "byte_floor": "byte_floor"}
+        found |= {f"{name}_ms_{short(row)}": row[f"{stage}_ms"] for stage, name in names.items()}
+        if row["tokens"] == 16000:
+            found |= {"accept_ms": row["accept_ms"], "draft_tree_ms_68m": row["draft_ms"]}
+            found["peak_extra_gb"] = row["peak_extra_gb"]
+    for row in record.get("eagle", []):
+        found[f"draft_tree_ms_{row['head']}"] = row["stages"]["draft_ms"]
+    return found | decode_summary([row for row in record.get("decode", []) if row["temperature"] == 0])
 
-        found = {}
-        for length in self.args.lengths:
-            mine = rate("specextend", length)
-            if mine is None:
-                continue
-            at = f"_{length // 1000}k" if length >= 1000 else f"_{length}"
-            found[f"decode_tokens_per_s{at}"] = mine
-            for key, method in (
-                ("ar_graph", "autoregressive captured"), ("ar_eager", "autoregressive Hugging Face"),
-                ("standard", "standard"), ("standard_graph", "standard captured"),
-            ):  # fmt: skip
-                if other := rate(method, length):
-                    found[f"decode_speedup_vs_{key}{at}"] = mine / other
-        eager = [row["ms_per_round"] for row in rows
-                 if row["method"] == "autoregressive Hugging Face" and row["tokens"] == 16000]  # fmt: skip
-        return found | ({"ar_eager_ms_16k": statistics.median(eager)} if eager else {})
+
+def decode_summary(rows: list[dict]) -> dict[str, float]:
+    """Decode tokens/s at temperature 0 and what they are of the other methods', tokens over time of all prompts."""
+    rates: dict[tuple[str, str], float] = {}
+    for method, at in dict.fromkeys((row["method"], short(row)) for row in rows):
+        of = [row for row in rows if (row["method"], short(row)) == (method, at)]
+        tokens = sum(row.get("accepted_per_round", 0.0) + 1 for row in of)
+        rates[method, at] = 1e3 * tokens / sum(row["ms_per_round"] for row in of)
+    others = {
+        "ar_graph": "autoregressive captured",
+        "ar_eager": "autoregressive Hugging Face",
+        "standard": "standard captured",
+    }
+    found = {}
+    for (method, at), rate in rates.items():
+        if method == "specextend":
+            found[f"decode_tokens_per_s_{at}"] = rate
+            of = {name: rates.get((other, at)) for name, other in others.items()}
+            found |= {f"decode_speedup_vs_{name}_{at}": rate / other for name, other in of.items() if other}
+    eager = rates.get((others["ar_eager"], "16k"))
+    return found | ({"ar_eager_ms_16k": 1e3 / eager} if eager else {})
+
+
+def short(row: dict) -> str:
+    """A row's length as it stands in names: 512, 1k, 16k."""
+    return f"{row['tokens'] // 1000}k" if row["tokens"] >= 1000 else str(row["tokens"])
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -22,6 +22,7 @@ from readings import needle_shares, read_records
 WINDOW = "fa_hta_streaming"
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
 HEADS = ("eagle1", "eagle3")
+REFERENCE_RATES = {"1k": 95, "2k": 77, "4k": 72, "8k": 83, "16k": 73}  # tokens/s of the authors' code on one H200
 INTRODUCTION = """# Goals
 
 Written by `scripts/check_goals.py` from the records under `results/`; do not edit. Accepted: draft tokens per round,
@@ -51,7 +52,7 @@ def main() -> None:
     if figures.empty:
         sys.exit(f"no per-length files under {results}")
     goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures), *needle_goals(results)]
-    goals += memory_goals(results)
+    goals += [*memory_goals(results), *gpu_goals(results)]
     goals = [goal for goal in goals if not pd.isna(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
     print(json.dumps({"goals": len(goals), "met": sum(goal.is_met for goal in goals)}))
@@ -142,6 +143,38 @@ def needle_goals(results: Path) -> Iterator[Goal]:
             for other, bound in (("streaming", 2.5), ("full", 4.0)):
                 lead = (accuracy["cmr"] / accuracy[other])[length]
                 yield Goal(f"needle accuracy, CMR over the {other} cache", where, bound, lead)
+
+
+# The widened pair in Vicuna-7B's shape on an H200: summary.json's figure, its bound, and whether that is the most
+GPU_BOUNDS = (
+    ("verify_ms_16k", 6.3, True),
+    ("verify_ms_1k", 4.2, True),
+    ("ar_graph_ms_16k", 5.9, True),
+    ("draft_tree_ms_68m", 2.0, True),
+    ("draft_tree_ms_eagle1", 4.0, True),
+    ("refresh_ms_16k", 0.25, True),
+    ("accept_ms", 0.3, True),
+    ("round_ms_16k", 8.8, True),
+    ("round_ms_1k", 6.8, True),
+    ("prefill_draft_s_16k", 0.010, True),
+    ("peak_extra_gb", 1.5, True),
+    ("hta_bandwidth_fraction_16k", 0.8, False),
+    ("decode_speedup_vs_ar_graph_16k", 2.2, False),
+    ("decode_tokens_per_s_16k", 360.0, False),
+    *((f"decode_speedup_vs_{other}_{at}", 1.0, False) for other in ("ar_graph", "standard") for at in ("512", "1k")),
+    # four times the reference implementation's tokens/s on such a pair
+    *((f"decode_tokens_per_s_{length}", 4.0 * rate, False) for length, rate in REFERENCE_RATES.items()),
+)
+
+
+def gpu_goals(results: Path) -> Iterator[Goal]:
+    """What `bench_gpu.py` measured."""
+    for path in sorted(results.glob("*/summary.json")):
+        found, where = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+        for name, bound, at_most in GPU_BOUNDS:
+            yield Goal(name, where, bound, found.get(name, float("nan")), at_most)
+        prefill = found.get("prefill_s_16k", float("nan")) / found.get("prefill_hf_s_16k", float("nan"))
+        yield Goal("prefill_s_16k over Hugging Face's with sdpa", where, 1.0, prefill, at_most=True)
 
 
 def memory_goals(results: Path) -> Iterator[Goal]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 from beside_paper import analysis_tables, markdown, needle_table, tables_of
+from gpu_tables import gpu_reports
 from readings import METHODS, read_records, title_of_records
 from report_html import html_report
 
@@ -52,7 +53,7 @@ def main() -> None:
         page.write_text(html_report(report.read_text(encoding="utf-8"), args.results / "figures"), encoding="utf-8")
         written.append(str(page))
     if args.readme:
-        fill_readme(args.readme, short_report(figures))
+        fill_readme(args.readme, "\n\n".join((*gpu_reports(args.results), short_report(figures))))
         written.append(str(args.readme))
     print(json.dumps({"files": sorted(set(figures["file"])), "written": written}))
 
@@ -162,6 +163,7 @@ def full_report(figures: pd.DataFrame, results: Path) -> str:
             sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
             versions = "; ".join(sorted(set(rows["versions"])))
             parts.append(f"{rows['samples'].max()} samples per length, {versions}. Files: {sources}.")
+    parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results)]
     for path, content in read_records(results, "needle.json"):
         parts += [f"## Needles: {title_of_records(content)}", NEEDLES, needle_table(content), file_link(path, results)]
     for path, content in read_records(results, "analysis.json"):

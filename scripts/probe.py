@@ -25,7 +25,10 @@ class Probe:
         self._target, self._windowed = engine._target, engine._drafter
         full = METHODS["fa_hta"].config(config.tree, config.retrieval)
         self._whole = engine.with_config(replace(full, draft_window=0))._drafter
-        self._retrieved, self._streaming = CrossModelRetrieval(config.retrieval), StreamingWindow.of_size(config.retrieval)
+        self._retrieved, self._streaming = (
+            CrossModelRetrieval(config.retrieval),
+            StreamingWindow.of_size(config.retrieval),
+        )
         own = METHODS["self_retrieval"].config(config.tree, config.retrieval)
         self._own = CrossModelRetrieval(own.retrieval)
         self._sparse = SparseTarget(engine.models.target, engine._target.cache, own)

@@ -23,7 +23,7 @@ measure() { # entry point, folder of the records, data set, methods, lengths, pr
 }
 
 bundled() {
-    local short=${SHORT:-2} long=${LONG:-1} sets=() set head
+    local short=${SHORT:-1} long=${LONG:-1} sets=() set head
     for set in govreport pg19 booksum; do
         if compgen -G "$data/$set/*.jsonl" > /dev/null; then sets+=("$set"); fi
     done
@@ -34,27 +34,25 @@ bundled() {
     local first=${sets[0]}
     run() { measure "$@" -r 1 -max 128; }
 
-    run eval_classic.py cpu_tree "$first" "$drafting $sparse $dense" "1K 2K 4K" "$short"
-    run eval_classic.py cpu_tree "$first" "$drafting $sparse $dense" 8K "$long"
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse" "1K 4K" "$short"
+    run eval_classic.py cpu_tree "$first" "$dense" 4K "$short"
     run eval_classic.py cpu_tree "$first" "$drafting $sparse" 16K "$long"
     for set in "${sets[@]:1}"; do
         run eval_classic.py cpu_tree "$set" "$drafting" "1K 4K" "$short"
         run eval_classic.py cpu_tree "$set" "fa_hta_streaming specextend" 16K "$long"
     done
     for set in "${sets[@]}"; do
-        run eval_classic.py paper_tree_greedy "$set" "$drafting" "1K 4K 8K" "$long" $paper_tree
-        run eval_classic.py paper_tree_t0.8 "$set" "$drafting" "1K 4K 8K" "$long" $paper_tree --temperature 0.8
+        run eval_classic.py paper_tree_greedy "$set" "$drafting" "1K 4K" "$short" $paper_tree
+        run eval_classic.py paper_tree_t0.8 "$set" "$drafting" "1K 4K" "$short" $paper_tree --temperature 0.8
     done
     for head in eagle1 eagle3; do
-        run eval_eagle.py $head "$first" "standard specextend" "1K 4K" "$long" $paper_tree --head $head
+        run eval_eagle.py $head "$first" "standard specextend" "1K 4K" "$short" $paper_tree --head $head
     done
-    measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 3072 --temperature 0.5
+    measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 2048 --temperature 0.5
 
-    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 2K 4K 8K -n 3 --output_file "$out/needle.json"
+    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 4K 8K -n 2 --output_file "$out/needle.json"
     "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 16K -n 1 --output_file "$out/needle.json"
-    "$python" scripts/analyse.py --data_dir "$data/$first" -n 1 --output_file "$out/analysis.json"
-    "$python" scripts/analyse.py --data_dir "$data/$first" -n 3 --lengths 1K 2K 4K --only divergence entropy \
-        --output_file "$out/analysis.json"
+    "$python" scripts/analyse.py --data_dir "$data/$first" -n 1 --lengths 1K 4K --output_file "$out/analysis.json"
     if [ ! -e "$out/prefill_memory.json" ]; then
         "$python" scripts/measure_prefill_memory.py --use_specextend --output_file "$out/prefill_memory.json"
     fi

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "specextend"
+SCORES_AT_ONCE = 1 << 24  # elements; a prefill's of one head may be more
 ONE_PASS_QUERIES = 128  # on a CPU; the mask of a prefill block would be as large as its scores
 
 
@@ -60,18 +61,17 @@ def attention(*, hybrid: bool) -> Attention:
 
 
 class DenseAttention:
-    """All scores at once, [H, T, N + tail]: the definition, and the paper's baseline. One KV head at a time."""
+    """All scores, [H, T, N + tail]: the definition, and the paper's baseline. As many KV heads at once as are small."""
 
     def __call__(self, query, key, value, scaling, tail, mask):
         visible = _full_mask(query.shape[2], key.shape[2], tail, mask, query.device)
         queries = _stack_groups(query, key.shape[1])
         groups = queries.shape[2] // query.shape[2]
         visible = visible.repeat(groups, 1)
-        heads = [
-            masked_attention(queries[:, h : h + 1], key[:, h : h + 1], value[:, h : h + 1], scaling, visible)
-            for h in range(key.shape[1])
-        ]
-        output, lse = (torch.cat(part, dim=1) for part in zip(*heads, strict=True))
+        heads = max(1, SCORES_AT_ONCE // (queries.shape[2] * key.shape[2]))
+        parts = zip(*(states.split(heads, dim=1) for states in (queries, key, value)), strict=True)
+        outputs = [masked_attention(*part, scaling, visible) for part in parts]
+        output, lse = (torch.cat(part, dim=1) for part in zip(*outputs, strict=True))
         return _unstack_groups(output, lse, query)
 
 

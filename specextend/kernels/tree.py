@@ -19,91 +19,134 @@ from torch import Tensor
 from specextend.config import TreeConfig
 
 WORD = 32
+CHUNK = 8192  # logits at a time
 BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # of a float32 that holds a value of the dtype
 
 
 @triton.jit
-def _best(values, count, BITS: tl.constexpr):
-    """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each.
-
-    BITS: leading bits that can differ, fewer for values of half precision.
-    """
+def _ordered(values, BITS: tl.constexpr):
+    """Unsigned integers in the order of float32 `values`, of the BITS leading bits in which they can differ."""
     bits = values.to(tl.uint32, bitcast=True)
-    ordered = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # unsigned, in the values' order
-    key = ordered >> (32 - BITS)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000) >> (32 - BITS)
+
+
+@triton.jit
+def _best(values, count):
+    """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each."""
+    key = _ordered(values, 32)
     lowest = tl.full([], 0, tl.uint32)
-    for bit in tl.static_range(BITS):
-        higher = lowest | (1 << (BITS - 1 - bit))
+    for bit in tl.static_range(32):
+        higher = lowest | (1 << (31 - bit))
         lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
+    taken, place, _, _ = _take(key, lowest, count - tl.sum((key > lowest).to(tl.int32), 0), 0, 0)
+    return taken, place
+
+
+@triton.jit
+def _take(key, lowest, needed, above_so_far, equal_so_far):
+    """Which of `key` [X] are above `lowest` or among the first `needed` equal to it, their places, and both counts."""
     above, equal = (key > lowest).to(tl.int32), (key == lowest).to(tl.int32)
-    both = tl.cumsum(above * 2097152 + equal, 0)  # two counts in one scan, of up to 1,023 and 2,097,151
-    above_before, equal_before = (both >> 21) - above, (both & 2097151) - equal
-    needed = count - tl.sum(above, 0)
+    both = tl.cumsum(above * 65536 + equal, 0)  # two counts in one scan
+    above_before, equal_before = above_so_far + (both >> 16) - above, equal_so_far + (both & 65535) - equal
     taken = (above == 1) | ((equal == 1) & (equal_before < needed))
-    return taken, above_before + tl.minimum(equal_before, needed)
+    place = above_before + tl.minimum(equal_before, needed)
+    return taken, place, above_so_far + tl.sum(above, 0), equal_so_far + tl.sum(equal, 0)
 
 
 @triton.jit
 def _children(
-    logits, above, names, tokens, scores, vocab, stride, width,
-    NAMED: tl.constexpr, KEPT: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr,
+    logits, above, names, tokens, scores, state, vocab, stride, width,
+    NAMED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """The `width` most probable tokens after one node, with the scores of the paths to them."""
-    row = tl.program_id(0)
-    index = tl.arange(0, SIZE)
-    x = tl.load(logits + row.to(tl.int64) * stride + index, index < vocab, float("-inf")).to(tl.float32)
-    highest = tl.max(x, 0)
-    normal = highest + tl.log(tl.sum(tl.exp(x - highest), 0))
-    taken, place = _best(x, width, BITS)
-    at = row * KEPT + place
-    token = tl.load(names + index, taken, 0).to(tl.int32) if NAMED else index
-    tl.store(tokens + at, token, taken)
-    tl.store(scores + at, tl.minimum(x - normal, 0.0) + tl.load(above + row), taken)
+    """The `width` most probable tokens after one node, with the scores of the paths to them.
+
+    A row is read chunk by chunk, again and again: it stays in the L1 cache, and would not fit the registers.
+    """
+    if tl.load(state) > 0:
+        row, index = tl.program_id(0), tl.arange(0, CHUNK)
+        at = logits + row.to(tl.int64) * stride + index
+        highest = tl.full([CHUNK], float("-inf"), tl.float32)
+        for start in range(0, vocab, CHUNK):
+            highest = tl.maximum(highest, tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32))
+        top = tl.max(highest, 0)
+        mass = tl.zeros([CHUNK], tl.float32)
+        for start in range(0, vocab, CHUNK):
+            mass += tl.exp(tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32) - top)
+        normal = top + tl.log(tl.sum(mass, 0))
+
+        lowest = tl.full([], 0, tl.uint32)
+        for bit in range(BITS):
+            higher = lowest | (tl.full([], 1, tl.uint32) << (BITS - 1 - bit))
+            count = tl.zeros([CHUNK], tl.int32)
+            for start in range(0, vocab, CHUNK):
+                x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
+                count += (_ordered(x, BITS) >= higher).to(tl.int32)
+            lowest = tl.where(tl.sum(count, 0) >= width, higher, lowest)
+        count = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, vocab, CHUNK):
+            x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
+            count += (_ordered(x, BITS) > lowest).to(tl.int32)
+
+        needed, path = width - tl.sum(count, 0), tl.load(above + row)
+        above_so_far = tl.full([], 0, tl.int32)
+        equal_so_far = tl.full([], 0, tl.int32)
+        for start in range(0, vocab, CHUNK):
+            x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
+            taken, place, above_so_far, equal_so_far = _take(
+                _ordered(x, BITS), lowest, needed, above_so_far, equal_so_far
+            )
+            token = tl.load(names + start + index, taken, 0).to(tl.int32) if NAMED else start + index
+            tl.store(tokens + row * KEPT + place, token, taken)
+            tl.store(scores + row * KEPT + place, tl.minimum(x - normal, 0.0) + path, taken)
 
 
 @triton.jit
 def _level(
-    child_tokens, child_scores, parents_above, level_tokens, below, above, tokens, parents, scores, words, state,
+    child_tokens, child_scores, level_tokens, below, above, tokens, parents, scores, words, state,
     level, wide, width, nodes, threshold, floor,
     KEPT: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on."""
-    index = tl.arange(0, SIZE)
-    row, column = index // width, index % width
-    is_child = row < wide
-    score = tl.load(child_scores + row * KEPT + column, is_child, float("-inf"))
-    taken, place = _best(tl.where(is_child, score, float("-inf")), width, 32)
-    taken = taken & is_child
-    token = tl.load(child_tokens + row * KEPT + column, is_child, 0)
-    first = level * width  # of this level's slots among all levels'
-    alive = tl.load(state) > 0
-    tl.store(level_tokens + place, token.to(tl.int64), taken)
-    tl.store(below + place, row.to(tl.int64), taken)
-    tl.store(above + place, score, taken)
-    tl.store(tokens + first + place, token.to(tl.int64), taken)
-    tl.store(parents + first + place, tl.where(level > 0, row + 1 + first - width, 0), taken)
-    counted = tl.where(score >= floor, score, float("-inf"))
-    tl.store(scores + first + place, tl.where(alive, counted, float("-inf")), taken)
-    tl.debug_barrier()
+    """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on.
 
-    lane = tl.arange(0, LANES)
+    Once the stop rule has spoken, a level's slots hold paths of probability 0, and nothing else changes.
+    """
+    lane, first = tl.arange(0, LANES), level * width  # of this level's slots among all levels'
     is_lane = lane < width
-    parent = tl.load(below + lane, is_lane, 0)
-    slot = first + lane
-    for w in range(WORDS):
-        inherited = tl.load(words + (first - width + parent) * WORDS + w, is_lane & (level > 0), 0)
-        own = tl.where(slot // 32 == w, 1 << (slot % 32), 0)
-        tl.store(words + slot * WORDS + w, inherited | own, is_lane)
+    if tl.load(state) <= 0:
+        tl.store(scores + first + lane, tl.full([LANES], float("-inf"), tl.float32), is_lane)
+    else:
+        index = tl.arange(0, SIZE)
+        row, column = index // width, index % width
+        is_child = row < wide
+        score = tl.load(child_scores + row * KEPT + column, is_child, float("-inf"))
+        taken, place = _best(score, width)
+        taken = taken & is_child
+        token = tl.load(child_tokens + row * KEPT + column, taken, 0).to(tl.int64)
+        tl.store(level_tokens + place, token, taken)
+        tl.store(below + place, row.to(tl.int64), taken)
+        tl.store(above + place, score, taken)
+        tl.store(tokens + first + place, token, taken)
+        tl.store(parents + first + place, tl.where(level > 0, row + 1 + first - width, 0), taken)
+        tl.store(scores + first + place, tl.where(score >= floor, score, float("-inf")), taken)
+        tl.debug_barrier()
 
-    every = tl.arange(0, ALL)
-    everything = tl.load(scores + every, every < first + width, float("-inf"))
-    best, _ = _best(everything, tl.minimum(nodes, first + width), 32)
-    total = tl.sum(tl.where(best, tl.exp(everything), 0.0), 0)
-    expected = tl.load(state + 1)
-    goes_on = tl.where(total - expected >= threshold, tl.load(state), 0.0)
-    tl.debug_barrier()
-    tl.store(state, goes_on)
-    tl.store(state + 1, tl.where(goes_on > 0, total, expected))
+        parent = tl.load(below + lane, is_lane, 0)
+        slot = first + lane
+        for w in range(WORDS):
+            inherited = tl.load(words + (first - width + parent) * WORDS + w, is_lane & (level > 0), 0)
+            own = tl.where(slot // 32 == w, 1 << (slot % 32), 0)
+            tl.store(words + slot * WORDS + w, inherited | own, is_lane)
+
+        every = tl.arange(0, ALL)
+        everything = tl.load(scores + every, every < first + width, float("-inf"))
+        best, _ = _best(everything, tl.minimum(nodes, first + width))
+        total = tl.sum(tl.where(best, tl.exp(everything), 0.0), 0)
+        expected = tl.load(state + 1)
+        tl.debug_barrier()
+        if total - expected >= threshold:
+            tl.store(state + 1, total)
+        else:
+            tl.store(state, 0.0)
 
 
 @triton.jit
@@ -117,7 +160,7 @@ def _tree(
     is_node = node <= candidates
     score = tl.load(scores + node - 1, is_node & (node > 0), float("-inf"))
     score = tl.where(node == 0, float("inf"), score)
-    taken, place = _best(score, slots, 32)
+    taken, place = _best(score, slots)
     tl.store(kept + place, node, taken)
     tl.store(order + node, place, is_node)
     tl.debug_barrier()
@@ -244,14 +287,14 @@ class TreeBuffers:
         """
         wide, vocab = 1 if level == 0 else self.width, self._vocab_size
         _children[(wide,)](
-            logits, self.above, logits if names is None else names, self.child_tokens, self.child_scores,
-            vocab, logits.stride(0), self.width, NAMED=names is not None,
-            KEPT=self.kept_per_row, SIZE=triton.next_power_of_2(vocab),
-            BITS=BITS[logits.dtype], num_warps=16 if vocab > 4096 else 4,
+            logits, self.above, logits if names is None else names, self.child_tokens, self.child_scores, self.state,
+            vocab, logits.stride(0), self.width, NAMED=names is not None, KEPT=self.kept_per_row,
+            CHUNK=min(CHUNK, triton.next_power_of_2(vocab)), BITS=BITS[logits.dtype],
+            num_warps=16 if vocab > CHUNK else 4,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](
-            self.child_tokens, self.child_scores, self.all_parents, self.level_tokens, self.below, self.above,
+            self.child_tokens, self.child_scores, self.level_tokens, self.below, self.above,
             self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.state,
             level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
             KEPT=self.kept_per_row, WORDS=words, SIZE=triton.next_power_of_2(self.width * wide),
