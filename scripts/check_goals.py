@@ -51,7 +51,7 @@ def main() -> None:
     figures = read_results(results)
     if figures.empty:
         sys.exit(f"no per-length files under {results}")
-    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures), *needle_goals(results)]
+    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures, results), *needle_goals(results)]
     goals += [*memory_goals(results), *gpu_goals(results)]
     goals = [goal for goal in goals if not pd.isna(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
@@ -112,8 +112,11 @@ def head_goals(figures: pd.DataFrame) -> Iterator[Goal]:
         yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
 
 
-def rival_goals(figures: pd.DataFrame) -> Iterator[Goal]:
-    """From 4K up: SpecExtend against the same with a StreamingLLM cache, and against the fastest of all others."""
+def rival_goals(figures: pd.DataFrame, results: Path) -> Iterator[Goal]:
+    """From 4K up: SpecExtend against the same with a StreamingLLM cache, and against the fastest of all others.
+
+    Acceptance is compared on the prompts that both have answered; speeds are each against its own baseline.
+    """
     for run, measured_ in runs_of(figures):
         for (data, temperature), rows in measured_.groupby(["data", "temperature"], sort=False):
             accepted, decode = (
@@ -126,11 +129,30 @@ def rival_goals(figures: pd.DataFrame) -> Iterator[Goal]:
             for length in [length for length in FAR[1:] if length in decode.index]:
                 where = f"{run['folder']}, {data}, temperature {temperature:g}, {length}"
                 if WINDOW in accepted:
-                    kept = accepted[SPECEXTEND][length] / accepted[WINDOW][length]
+                    kept = shared_acceptance(results, rows[rows["length"] == length], SPECEXTEND, WINDOW)
+                    if kept is None:
+                        kept = accepted[SPECEXTEND][length] / accepted[WINDOW][length]
                     yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept)
                 best = decode.loc[length, others].astype(float)
                 lead = decode[SPECEXTEND][length] / best.max()
                 yield Goal("decode speed, SpecExtend over the best other", f"{where} ({best.idxmax()})", 1.0, lead)
+
+
+def shared_acceptance(results: Path, rows: pd.DataFrame, method: str, other: str) -> float | None:
+    """Accepted drafts per round of `method` over those of `other`, on the samples that both have; None without."""
+    taken = {}
+    files = rows.set_index("method")
+    for name in (method, other):
+        journal = (results / files["file"].get(name, "none")).with_suffix(".jsonl")
+        if not journal.exists():
+            return None
+        row = files.loc[name]
+        lines = journal.read_text(encoding="utf-8").splitlines()[1:]
+        records = [record for record in map(json.loads, lines) if record["bucket"] == row["length"]]
+        taken[name] = {(record["sample"], record["run"]): record["accepted"] for record in records}
+    shared = taken[method].keys() & taken[other].keys()
+    means = [sum(sum(one[key]) for key in shared) / sum(len(one[key]) for key in shared) for one in taken.values()]
+    return means[0] / means[1]
 
 
 def needle_goals(results: Path) -> Iterator[Goal]:

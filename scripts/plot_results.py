@@ -36,7 +36,7 @@ def main() -> None:
     plt.rcParams.update(LAYOUT)
     folder = args.output or args.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    runs = list(runs_of(figures[figures["method"].isin(STYLES)]))
+    runs = [one for one in runs_of(figures[figures["method"].isin(STYLES)]) if one[1]["length"].nunique() > 1]
     written = []
     for name, (run, rows) in zip(distinct([slug(run) for run, _ in runs]), runs, strict=True):
         for kind, label, draw in (
