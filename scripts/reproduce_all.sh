@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper]
-#   bundled   the pair in this checkout, no download; within 40 minutes on two CPU cores (the default)
+#   bundled   the pair in this checkout, no download; some 40 minutes on two CPU cores (the default)
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
