@@ -48,7 +48,7 @@ class EagleDrafter(TreeDrafter):
 
     @property
     def fits_kernels(self) -> bool:
-        from specextend.fused import block_fits
+        from specextend.blocks import block_fits
 
         return block_fits(self.head.layers[0])
 

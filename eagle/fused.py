@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from eagle.heads import Eagle1Head, Eagle3Head
-from specextend.fused import FusedBlock, FusedDraft, Slots, Workspaces, normed
+from specextend.blocks import FusedBlock, Slots, Workspaces, as_norm
+from specextend.fused import FusedDraft
+from specextend.kernels import linear
+from specextend.kernels.elementwise import rms_norm
 from specextend.kernels.tree import TreeBuffers
 
 if TYPE_CHECKING:
@@ -21,9 +24,9 @@ class FusedEagleDraft(FusedDraft):
     def __init__(self, drafter: EagleDrafter, tree: TreeBuffers, workspaces: Workspaces):
         head = drafter.head
         weight = head.fc.weight
-        super().__init__(drafter, tree, head.rotary_emb, weight.dtype)
+        super().__init__(drafter, tree)
         self._drafter, self._head, self.target_ids = drafter, head, head.target_ids
-        self._block = FusedBlock(head.layers[0], *self._tables, workspaces)
+        self._block, self._workspaces = FusedBlock(head.layers[0], *self._tables, workspaces), workspaces
         self._states = weight.new_zeros(len(tree.emitted), len(weight))
         self._hidden = weight.new_zeros(1, len(weight))
 
@@ -41,7 +44,7 @@ class FusedEagleDraft(FusedDraft):
 
     def _read_level(self, tokens, below, slots, **where):
         self._hidden = self._run(tokens, self._hidden.index_select(0, below), slots, **where)
-        return self._head_logits(self._hidden)
+        return self._head_logits(self._hidden, where["alive"])
 
     def _run(self, tokens: Tensor, states: Tensor, slots: Slots, **rest) -> Tensor:
         """Block output [T, H] of pairs."""
@@ -54,11 +57,11 @@ class FusedEagleDraft(FusedDraft):
             mixed = self._head.fc(torch.cat((embedding, states), dim=-1))
             return mixed, mixed
         block = self._head.layers[0]
-        state = normed(states, block.hidden_norm)
-        entry = torch.cat((normed(embedding, block.input_layernorm), state), dim=-1)
+        state = rms_norm(states, as_norm(block.hidden_norm))
+        entry = torch.cat((rms_norm(embedding, as_norm(block.input_layernorm)), state), dim=-1)
         return state if block.norm_before_residual else states, entry
 
-    def _head_logits(self, hidden: Tensor) -> Tensor:
+    def _head_logits(self, hidden: Tensor, alive: Tensor | None = None) -> Tensor:
         if isinstance(self._head, Eagle3Head):
-            hidden = normed(hidden, self._head.norm)
-        return self._head.lm_head(hidden)
+            hidden = rms_norm(hidden, as_norm(self._head.norm), alive)
+        return linear.linear(hidden, self._head.lm_head.weight, self._workspaces.linear, alive=alive)

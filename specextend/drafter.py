@@ -147,7 +147,7 @@ class ClassicDrafter(TreeDrafter):
 
     @property
     def fits_kernels(self) -> bool:
-        from specextend.fused import fits
+        from specextend.blocks import fits
 
         return fits(self.model)
 

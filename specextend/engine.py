@@ -54,11 +54,13 @@ class SpecExtend:
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         self._drafter = _build_drafter(models, self.config, self._cache)
-        self._target = _build_target(models, self.config, self._cache, self._drafter and self._drafter.tap)
+        captures = not eager and can_capture(models)
+        tap = self._drafter and self._drafter.tap
+        self._target = _build_target(models, self.config, self._cache, tap, fused=captures)
         flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
-        self._baseline = _build_target(models, flash, self._cache)
+        self._baseline = _build_target(models, flash, self._cache, fused=captures)
         self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
-        self._speculative, self._autoregressive = self._loops(captures=not eager and can_capture(models))
+        self._speculative, self._autoregressive = self._loops(captures)
 
     @classmethod
     def from_pretrained(
@@ -141,7 +143,7 @@ class SpecExtend:
         ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
         return self._speculative(sampling, ids, output), output
 
-    def _loops(self, *, captures: bool) -> tuple[Loop | None, Loop]:
+    def _loops(self, captures: bool) -> tuple[Loop | None, Loop]:
         """How this engine decodes: by its method, None where the draft it needs was not loaded, and the baseline."""
         decode, drafter = self._baseline_loop(captures), self._drafter
         if self.config.draft == "none":
@@ -215,7 +217,7 @@ def can_capture(models: LoadedModels) -> bool:
     """Whether rounds can be captured as CUDA graphs: on a GPU with Triton, for targets the kernels compute."""
     if models.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
-    from specextend.fused import fits
+    from specextend.blocks import fits
 
     return fits(models.target)
 
@@ -231,9 +233,15 @@ def default_tree(models: LoadedModels) -> TreeConfig:
 
 
 def _build_target(
-    models: LoadedModels, config: SpecExtendConfig, cache: KVCache, tap: FeatureTap | None = None
+    models: LoadedModels, config: SpecExtendConfig, cache: KVCache, tap: FeatureTap | None = None, *, fused: bool
 ) -> Target:
-    return Target(
+    if fused and config.flash_prefill:
+        from specextend.prefill import FusedPrefillTarget
+
+        make = FusedPrefillTarget
+    else:
+        make = Target
+    return make(
         models.target,
         cache,
         prefill_attention=attention(hybrid=config.flash_prefill),

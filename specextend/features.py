@@ -42,6 +42,10 @@ class FeatureTap:
             self._runs.append(torch.cat(self._parts, dim=-1))
             self._parts = []
 
+    def collect(self, parts: Sequence[Tensor]) -> None:
+        """Take hidden states [T, H] of a run that no module saw, one for each layer of `entering`."""
+        self._runs.append(torch.cat(list(parts), dim=-1))
+
     def clear(self) -> None:
         """Forget what nobody took."""
         self._runs = []

@@ -2,106 +2,31 @@
 
 The algorithm is that of `generate.speculative`, in a form that CUDA graphs can hold for every length: lengths are
 tensors on the device, a tree always has all its levels and slots, and what does not count is masked. The host reads the
-accepted tokens once, at the end of a round. Blocks of the Llama family run as eight launches over the model's own
-weights (`kernels`, and PyTorch's product where it is faster). Prefill, and any model that does not fit, go the
-way of `target.py` and `drafter.py`.
+accepted tokens once, at the end of a round. What the models compute is `blocks.py`'s; models that do not fit go the way
+of `target.py` and `drafter.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
+from specextend.blocks import FusedBlock, Slots, Workspaces, as_norm
 from specextend.cache import KVCache
 from specextend.config import RetrievalConfig
 from specextend.drafter import ClassicDrafter, TreeDrafter
 from specextend.features import FeatureTap
-from specextend.kernels import linear, scores, tree_attention
-from specextend.kernels.linear import KeyValue, Norm, Placement
+from specextend.kernels import linear, scores
+from specextend.kernels.elementwise import KeyValue, rms_norm
 from specextend.kernels.tree import TreeBuffers
 from specextend.retrieval import Retriever
-from specextend.rope import DynamicRope
+from specextend.rope import Rope
 from specextend.target import Target
 
-MAX_SLOTS = 128  # rows of one tile
-HEAD_DIMS = (32, 64, 128)
-
 Choose = Callable[[Tensor, Tensor], Tensor]  # the target's rule: logits [T, V] and depth [T] to tokens [T]
-
-
-def fits(model: PreTrainedModel) -> bool:
-    """Whether the kernels compute what this model's blocks compute."""
-    decoder = model.get_decoder()
-    is_known = all(isinstance(layer, LlamaDecoderLayer | MistralDecoderLayer) for layer in decoder.layers)
-    is_static = not isinstance(decoder.rotary_emb, DynamicRope)
-    return is_known and is_static and all(map(block_fits, decoder.layers))
-
-
-def block_fits(block: nn.Module) -> bool:
-    """The same of one block, which is known to compute what a Llama block computes."""
-    attention, mlp = block.self_attn, block.mlp
-    projections = [*_projections(attention), attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    return (
-        all(type(projection) is nn.Linear and projection.bias is None for projection in projections)
-        and attention.head_dim in HEAD_DIMS
-        and mlp.config.hidden_act == "silu"
-    )
-
-
-def _projections(attention: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return attention.q_proj, attention.k_proj, attention.v_proj
-
-
-def merged(projections: Sequence[nn.Linear]) -> Tensor:
-    """One weight out of several that read the same input; the modules keep theirs as views of it."""
-    weights = [projection.weight.data for projection in projections]
-    if not all(_follows(*pair) for pair in pairwise(weights)):
-        whole = torch.cat(weights)
-        for projection, view in zip(projections, whole.split([len(weight) for weight in weights]), strict=True):
-            projection.weight.data = view
-        return whole
-    return weights[0].as_strided((sum(map(len, weights)), weights[0].shape[1]), weights[0].stride())
-
-
-def _follows(first: Tensor, second: Tensor) -> bool:
-    same = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    return same and first.data_ptr() + first.nbytes == second.data_ptr()
-
-
-class Workspaces:
-    """Scratch memory of the kernels; launches follow each other on one stream and share it."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self.linear = linear.Workspace(device)
-        self._attention: dict[tuple[int, int, int, int], tree_attention.Workspace] = {}
-
-    def attention(self, heads: int, queries: int, dim: int, splits: int) -> tree_attention.Workspace:
-        shape = (heads, queries, dim, splits)
-        if shape not in self._attention:
-            self._attention[shape] = tree_attention.Workspace(heads, queries, dim, splits, self._device)
-        return self._attention[shape]
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Who sees whom behind the committed tokens: `count` slots, ancestor bits `words` [T, ceil(count / 32)]."""
-
-    words: Tensor
-    count: int
-
-    @classmethod
-    def causal(cls, count: int, device: torch.device) -> Slots:
-        mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-        return cls(tree_attention.pack_mask(mask), count)
 
 
 class StaticCache:
@@ -128,65 +53,6 @@ class StaticCache:
 
     def layer(self, index: int) -> KeyValue:
         return KeyValue(self.keys[index], self.values[index], self.length)
-
-
-class FusedBlock:
-    """One transformer block over T rows."""
-
-    def __init__(self, block: nn.Module, cos: Tensor, sin: Tensor, workspaces: Workspaces):
-        attention, mlp = block.self_attn, block.mlp
-        self._qkv, self._gate_up = merged(_projections(attention)), merged((mlp.gate_proj, mlp.up_proj))
-        self._output, self._down = attention.o_proj.weight, mlp.down_proj.weight
-        self._before, self._between = as_norm(block.input_layernorm), as_norm(block.post_attention_layernorm)
-        self._scaling = attention.scaling
-        self._cos, self._sin, self._workspaces = cos, sin, workspaces
-        self.query = self.lse = torch.empty(0)
-
-    def run(
-        self, residual: Tensor, slots: Slots, cache: KeyValue, *, entry: Tensor | None = None,
-        full: KeyValue | None = None, **where,
-    ) -> Tensor:  # fmt: skip
-        """Hidden states [T, H] after the block; writes over `residual`, and keys and values into the caches.
-
-        Args:
-            residual: [T, H] before the block; entry: what the attention reads, if it is not the residual normed.
-            full: a second cache, that keeps keys un-rotated.
-            where: `shift`, `step`, `offset` and `depth` of a `Placement`.
-        """
-        work = self._workspaces.linear
-        placement = Placement(self._cos, self._sin, cache.length, **where)
-        norm = self._before if entry is None else None
-        self.query = linear.rotary(
-            residual if entry is None else entry, self._qkv, work, placement, cache, norm=norm, full=full
-        )
-        heads, rows, _ = self.query.shape
-        launch = tree_attention.launch_for(residual.device, len(cache.keys), heads // len(cache.keys) * rows)
-        attended, self.lse = tree_attention.tree_attention(
-            self.query, cache.keys, cache.values, cache.length, slots.words, self._scaling, slots=slots.count,
-            launch=launch, workspace=self._workspaces.attention(*self.query.shape, launch.splits),
-        )  # fmt: skip
-        residual.addmm_(attended.transpose(0, 1).reshape(rows, -1), self._output.T)
-        inner = linear.swiglu(residual, self._gate_up, work, norm=self._between)
-        if rows == 1:
-            return residual.addmm_(inner, self._down.T)
-        return linear.linear(inner, self._down, work, residual=residual)
-
-
-def as_norm(module: nn.Module) -> Norm | None:
-    """An RMSNorm for the kernels; None where EAGLE's blocks have none."""
-    return Norm(module.weight, module.variance_epsilon) if hasattr(module, "variance_epsilon") else None
-
-
-def normed(hidden: Tensor, norm: LlamaRMSNorm) -> Tensor:
-    return linear.rms_norm(hidden, norm.weight, norm.variance_epsilon)
-
-
-def half_tables(rotary: nn.Module, positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, D / 2] of a model's rotary embedding."""
-    at = torch.arange(positions, device=device)[None]
-    cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), at)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].to(dtype).contiguous(), sin[0, :, :half].to(dtype).contiguous()
 
 
 class Nodes(Protocol):
@@ -224,8 +90,8 @@ class FusedTarget:
         model = target.model
         decoder, weight = model.get_decoder(), model.get_output_embeddings().weight
         self._target, self.cache = target, StaticCache(target.cache)
-        self._embedding, self._norm = decoder.embed_tokens, decoder.norm
-        tables = half_tables(decoder.rotary_emb, self.cache.keys.shape[2], model.dtype, model.device)
+        self._embedding, self._norm = decoder.embed_tokens, as_norm(decoder.norm)
+        tables = Rope(decoder.rotary_emb, model.dtype, model.device).tables(self.cache.keys.shape[2])
         self._blocks = [FusedBlock(layer, *tables, workspaces) for layer in decoder.layers]
         self._readout = weight
         heads, dim = len(decoder.layers[-1].self_attn.q_proj.weight), decoder.layers[-1].self_attn.head_dim
@@ -252,7 +118,7 @@ class FusedTarget:
         self._keep(hidden, len(self._blocks))
         self.query[:, : tree.slots] = self._blocks[-1].query
         self.lse[:, : tree.slots] = self._blocks[-1].lse
-        final = normed(hidden, self._norm)
+        final = rms_norm(hidden, self._norm)
         if self._entering is None and self.features.shape[1]:
             self.features[: tree.slots] = final
         return final @ self._readout.T
@@ -278,12 +144,13 @@ class FusedDraft:
 
     target_ids: Tensor | None = None  # [V_draft] target id of every draft id, where the vocabularies differ
 
-    def __init__(self, drafter: TreeDrafter, tree: TreeBuffers, rotary: nn.Module, dtype: torch.dtype):
+    def __init__(self, drafter: TreeDrafter, tree: TreeBuffers):
         cache = drafter.cache
         self.working = StaticCache(cache.working)
         self.full = StaticCache(cache.full) if cache.full is not None else None
         self._tree, device = tree, self.working.keys.device
-        self._tables = half_tables(rotary, self.working.keys.shape[2], dtype, device)
+        self._tables = cache.rope.tables(self.working.keys.shape[2])  # a captured graph must not find them too short
+        self._rope = cache.rope
         self._newest = Slots.causal(len(tree.emitted), device)
 
     @property
@@ -306,8 +173,9 @@ class FusedDraft:
         tree = self._tree
         first = level * tree.width
         slots = Slots(tree.all_words[first : first + tree.width], first + tree.width)
-        # the root is committed
-        return self._read_level(tree.level_tokens, tree.below, slots, shift=level, step=0, offset=first)
+        # the root is committed; where the stop rule has spoken, a level's launches end at once
+        where = {"shift": level, "step": 0, "offset": first, "alive": tree.state}
+        return self._read_level(tree.level_tokens, tree.below, slots, **where)
 
     def take(self, features: Tensor) -> None:
         """Notice what the target's `features` [T, F] of the tree say about the accepted path; most drafts need none."""
@@ -335,9 +203,7 @@ class FusedDraft:
         # kept chunks stand in order: those that do not exist come last, and only the newest may be short
         there = (positions < length) & (asked[kept] > float("-inf")).repeat_interleave(size)
         at = positions.clamp(max=capacity - 1)
-        cos, sin = (table[: len(at)] for table in self._tables)
-        low, high = self.full.keys.index_select(2, at).chunk(2, dim=-1)
-        self.working.keys[:, :, : len(at)] = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        self.working.keys[:, :, : len(at)] = self._rope.rotate(self.full.keys.index_select(2, at), 0)
         self.working.values[:, :, : len(at)] = self.full.values.index_select(2, at)
         self.working.length.copy_(there.sum())
 
@@ -351,7 +217,7 @@ class FusedDraft:
     def _read_newest(self, tokens: Tensor, count: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _read_level(self, tokens: Tensor, below: Tensor, slots: Slots, **where: int) -> Tensor:
+    def _read_level(self, tokens: Tensor, below: Tensor, slots: Slots, **where) -> Tensor:
         raise NotImplementedError
 
 
@@ -361,10 +227,10 @@ class FusedClassicDraft(FusedDraft):
     def __init__(self, drafter: ClassicDrafter, tree: TreeBuffers, workspaces: Workspaces):
         model = drafter.model
         decoder = model.get_decoder()
-        super().__init__(drafter, tree, decoder.rotary_emb, model.dtype)
-        self._embedding = decoder.embed_tokens
+        super().__init__(drafter, tree)
+        self._embedding, self._workspaces = decoder.embed_tokens, workspaces
         self._blocks = [FusedBlock(layer, *self._tables, workspaces) for layer in decoder.layers]
-        self._norm, self._readout = decoder.norm, model.get_output_embeddings().weight
+        self._norm, self._readout = as_norm(decoder.norm), model.get_output_embeddings().weight
 
     def _read_newest(self, tokens, count):
         hidden = self._embedding(tokens)
@@ -376,10 +242,11 @@ class FusedClassicDraft(FusedDraft):
         hidden = self._embedding(tokens)
         for index, block in enumerate(self._blocks):
             hidden = block.run(hidden, slots, self.working.layer(index), **where)
-        return self._logits(hidden)
+        return self._logits(hidden, where["alive"])
 
-    def _logits(self, hidden):
-        return normed(hidden, self._norm) @ self._readout.T
+    def _logits(self, hidden, alive=None):
+        final = rms_norm(hidden, self._norm, alive)
+        return linear.linear(final, self._readout, self._workspaces.linear, alive=alive)
 
 
 class FusedRound:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Target:
         self._tree_attention = tree_attention
         self._prefill_block = prefill_block
         self._tap = tap
-        self._last_layer: _CachedAttend | None = None
+        self._last_layer: LastLayer | None = None
         self._newest = 0
 
     @property
@@ -57,11 +58,15 @@ class Target:
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(prompt)
         for block in prompt.split(self._prefill_block or len(prompt)):
-            positions = torch.arange(self.cache.length, self.cache.length + len(block), device=prompt.device)
-            logits = self._run(block, positions, _CachedAttend(self.cache, self._prefill_attention, None, 1))
+            logits = self._read(block)
             self.cache.length += len(block)
         self._newest = 0
         return logits
+
+    def _read(self, block: Tensor) -> Tensor:
+        """Logits [1, V] after the last of the prompt's next tokens `block` [T]."""
+        positions = torch.arange(self.cache.length, self.cache.length + len(block), device=block.device)
+        return self._run(block, positions, _CachedAttend(self.cache, self._prefill_attention, None, 1))
 
     def verify(self, tree: DraftTree) -> Tensor:
         """Logits [T, V] after every node of `tree`; the nodes stay scratch until `commit`."""
@@ -94,6 +99,14 @@ class Target:
                 logits_to_keep=attend.keep,
                 attend=attend,
             ).logits[0]
+
+
+class LastLayer(Protocol):
+    """What a run keeps of its last layer: queries [1, H, T, D], their log-sum-exp [1, H, T], factor on the scores."""
+
+    query: Tensor
+    lse: Tensor
+    scaling: float
 
 
 class _CachedAttend:

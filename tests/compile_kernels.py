@@ -1,6 +1,7 @@
-"""Compiles the kernels as real shapes launch them, for a GPU that need not be there; prints one JSON line per kernel.
+"""Compiles the kernels as Vicuna-7B's shape launches them, for a GPU that need not be there; one JSON line per kernel.
 
-Run by `test_kernels_compile.py` in a process of its own: the other tests' Triton interprets.
+The wrappers run over tensors without memory, and what they would launch is compiled instead. Run by
+`test_kernels_compile.py` in a process of its own: the other tests' Triton interprets.
 """
 
 from __future__ import annotations
@@ -9,96 +10,94 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from specextend.kernels import linear, scores, tree, tree_attention
-from specextend.kernels.linear import _launch
+from specextend.config import TreeConfig
+from specextend.kernels import chain, elementwise, linear, scores, tree, tree_attention
+from specextend.kernels.elementwise import KeyValue, Norm, Placement
 
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-HALF, FLOAT, INT, LONG = "*fp16", "*fp32", "*i32", "*i64"
-SCALARS = {"epsilon": "fp32", "scale": "fp32", "threshold": "fp32", "floor": "fp32"}
-UNALIGNED = {  # integers that a launch need not know to be multiples of 16
-    "rows", "queries", "slots", "shift", "step", "offset", "level", "wide", "width", "nodes", "mask_row", "lse_head",
-    "size", "candidates",
-}  # fmt: skip
+TYPES = {torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+LAUNCH_OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
+NO_MEMORY = torch.device("meta")
 
 
-def kernels(rows: int):
-    """(name, function, pointers that are not half precision, constants, warps, stages) in Vicuna-7B's shape."""
-    block = max(16, triton.next_power_of_2(rows)) if rows > 1 else 1
-    x = torch.empty(rows, 1, dtype=torch.float16)
-    product = {
-        "HEADS": 32, "KV_HEADS": 32, "FULL": False, "DEPTHS": True, "ROWS": block, "RESIDUAL": False, "SPLITS": 1,
-    }  # fmt: skip
-    pointers = dict.fromkeys(("parts", "squares"), FLOAT) | dict.fromkeys(("arrived", "depths"), INT)
-    pointers |= dict.fromkeys(("length", "full_length"), LONG)
-    launches = {
-        "q/k/v": (linear.ROTARY, _launch(x, cols=64, depth=128, stages=4), {}),
-        "gate/up": (linear.SWIGLU, _launch(x, cols=32, depth=64, stages=4), {}),
-        "down": (linear.PLAIN, _launch(x, cols=32, depth=128, splits=2, stages=6), {"RESIDUAL": True}),
-    }
-    if rows == 1:
-        launches = {"gate/up": (linear.SWIGLU, linear.Launch(8, 1024, stages=3), {})}
-    for name, (kind, launch, more) in launches.items():
-        shape = {"KIND": kind, "NORM": rows == 1, "COLS": launch.cols, "DEPTH": launch.depth, "SPLITS": launch.splits}
-        yield f"{name}, {rows} rows", linear._kernel, pointers, product | shape | more, launch.warps, launch.stages
-    split = {"GROUPS": 1, "SPLITS": 4, "ROWS": max(block, 16), "KEYS": 64, "DIM": 128}
-    pointers = {"length": LONG, "mask": INT, "partial": FLOAT, "partial_lse": FLOAT}
-    yield f"attention, {rows} rows", tree_attention._split, pointers, split, 4, 3
-    if rows == 64:
-        merge = {"SPLITS": 4, "PADDED": 4, "DIM": 128}
-        yield "merge", tree_attention._merge, dict.fromkeys(("partial", "partial_lse", "lse"), FLOAT), merge, 1, 3
-        row = {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "KEYS": scores.KEYS}
-        yield "attention row", scores._row, {"lse": FLOAT, "newest": LONG, "length": LONG, "row": FLOAT}, row, 4, 3
-        yield "norm", linear._norm, {}, {"SIZE": 4096}, 8, 3
-        yield from trees()
+def empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=NO_MEMORY)
 
 
-def trees():
-    """The tree's kernels for 63 nodes, ten levels and 32,000 tokens."""
-    floats = dict.fromkeys(("above", "scores", "state", "child_scores"), FLOAT)
-    children = {"NAMED": True, "KEPT": 64, "CHUNK": tree.CHUNK, "BITS": tree.BITS[torch.float16]}
-    yield "children", tree._children, floats | {"names": LONG, "tokens": INT}, children, 16, 3
-    ints = dict.fromkeys(("child_tokens", "parents", "words", "kept", "order", "used"), INT)
-    longs = dict.fromkeys(("level_tokens", "below", "tokens", "root", "tree_tokens"), LONG)
-    level = {"KEPT": 64, "WORDS": 20, "SIZE": 4096, "ALL": 1024, "LANES": 64}
-    yield "level", tree._level, floats | ints | longs, level, 8, 3
-    ints |= dict.fromkeys(("tree_parents", "tree_depth", "tree_used", "tree_words"), INT)
-    yield "tree", tree._tree, floats | ints | longs, {"WORDS": 20, "TREE_WORDS": 2, "ALL": 1024, "SLOTS": 64}, 4, 3
-    longs |= dict.fromkeys(("chosen", "path", "emitted", "count", "newest", "start", "length"), LONG)
-    yield "accept", tree._accept, ints | longs, {"WORDS": 2, "SLOTS": 64}, 1, 3
-    yield "compact", tree._compact, longs, {"PATH": 16, "DIM": 128}, 2, 3
-
-
-INTEGERS = {
-    "rows", "columns", "inner", "shift", "step", "offset", "queries", "slots", "heads", "size", "vocab", "stride",
-    "width", "level", "wide", "nodes", "candidates", "key_head", "value_head", "cache_row", "full_key_head",
-    "full_value_head", "query_head", "query_row", "key_row", "value_row", "mask_row", "lse_head", "layer_stride",
-    "head_stride", "row_stride",
-}  # fmt: skip
-
-
-def compiled(function, pointers, constants, warps: int, stages: int, capability: int):
-    """The kernel for a compute capability, with what the launcher knows of alignment."""
-    types = {
-        name: SCALARS.get(name) or ("i32" if name in INTEGERS else pointers.get(name, HALF))
-        for name in function.arg_names
-        if name not in constants
-    }
-    places = {name: (index,) for index, name in enumerate(function.arg_names)}
-    aligned = [name for name, kind in types.items() if kind[0] == "*" or (kind == "i32" and name not in UNALIGNED)]
-    source = ASTSource(
-        fn=function,
-        signature={name: types.get(name, "constexpr") for name in function.arg_names},
-        constexprs={places[name]: value for name, value in constants.items()},
-        attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
+def launch_all(rows: int) -> None:
+    """Every kernel of a round with `rows` tree slots, drafted with an EAGLE-3 vocabulary."""
+    length, work = empty(dtype=torch.int64), linear.Workspace(NO_MEMORY)
+    tables, norm = (empty(16384, 128), empty(16384, 128)), Norm(empty(4096), 1e-5)
+    cache = KeyValue(empty(32, 16384, 128), empty(32, 16384, 128), length)
+    where = Placement(*tables, length, depth=empty(rows, dtype=torch.int32))
+    x, inner, alive = empty(rows, 4096), empty(rows, 11008), empty(2, dtype=torch.float32)
+    linear.rotary(x, empty(12288, 4096), work, where, cache, norm=norm)
+    newest = Placement(*tables, length)
+    linear.rotary(x[:11], empty(12288, 4096), work, newest, cache, norm=norm, full=cache)
+    linear.swiglu(x, empty(22016, 4096), work, norm=norm)
+    linear.linear(x, empty(4096, 4096), work, residual=x)
+    linear.linear(inner, empty(4096, 11008), work, residual=x)
+    linear.linear(x, empty(32000, 4096), work, alive=alive)
+    launch = tree_attention.Launch(splits=4, ahead=1)
+    words, query = empty(rows, -(-rows // 32), dtype=torch.int32), empty(32, rows, 128)
+    tree_attention.tree_attention(
+        query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, alive=alive
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    scores.attention_row(query, empty(32, rows, dtype=torch.float32), length, cache.keys, length, 0.1)
+    elementwise.gate(empty(rows, 22016))
+    elementwise.place(empty(rows, 12288), newest, cache)
+    if rows > 1:
+        buffers = tree.TreeBuffers(TreeConfig(nodes=rows - 1), 32000, NO_MEMORY)
+        for level in range(2):
+            buffers.add_level(empty(rows - 1 if level else 1, 32000), level, empty(32000, dtype=torch.int64))
+        buffers.finish(length)
+        buffers.accept(empty(rows, dtype=torch.int64), length)
+        buffers.compact(empty(32, 32, 16384, 128), empty(32, 32, 16384, 128))
+
+
+def recorded(calls: Callable[[], None]) -> dict[str, tuple[JITFunction, dict[str, Any]]]:
+    """The kernels that `calls` would launch, each set of constants once, with their arguments by name."""
+    found: dict[str, tuple[JITFunction, dict[str, Any]]] = {}
+
+    def note(function: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        arguments = dict(zip(function.arg_names, args, strict=False)) | named
+        constants = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+        found[f"{function.__name__} {constants}"] = function, arguments
+
+    JITFunction.run = note
+    calls()
+    return found
+
+
+def compiled(function: JITFunction, arguments: dict[str, Any], capability: int):
+    """The kernel for a compute capability, specialised as a launch would."""
+    constants = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(function.arg_names):
+        value = arguments[name]
+        if isinstance(value, Tensor):
+            signature[name], attributes[index,] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif name in constants or (isinstance(value, int) and value == 1):
+            signature[name], values[index,] = "constexpr", value
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=attributes)
+    options = {name: value for name, value in arguments.items() if name in LAUNCH_OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -112,11 +111,12 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def main(capability: int) -> None:
-    for rows in (1, 16, 64):
-        for name, function, pointers, constants, warps, stages in kernels(rows):
-            kernel = compiled(function, pointers, constants, warps, stages, capability)
+    chain.options = lambda device: {"CHAINED": True, "launch_pdl": True}  # as on such a GPU
+    for rows in (1, 64):
+        for name, (function, arguments) in recorded(lambda rows=rows: launch_all(rows)).items():
+            kernel = compiled(function, arguments, capability)
             figures = {"shared": kernel.metadata.shared, "stack": stack_bytes(kernel.asm["cubin"])}
-            print(json.dumps({"kernel": name} | figures), flush=True)
+            print(json.dumps({"rows": rows, "kernel": name} | figures), flush=True)
 
 
 if __name__ == "__main__":

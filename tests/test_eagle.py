@@ -19,7 +19,7 @@ from torch import Tensor
 from eagle import weights as weights_module
 from eagle.drafter import EagleDrafter
 from eagle.weights import load_head, save_head
-from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.features import FeatureTap
 from specextend.verify import Accepted
@@ -333,6 +333,32 @@ def test_output_is_the_targets_whatever_the_head_and_the_prompt(kind, setting, l
         assert result.token_ids == engine.autoregressive(prompt, 60).token_ids
         accepted += sum(one.accepted for one in result.rounds)
     assert accepted > 0  # otherwise nothing was tried
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the models here are on the CPU; bench_gpu compares on a GPU")
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3-gqa"])
+def test_captured_rounds_are_the_rounds_of_the_loop(kind, load, engine_of, make_prompt, monkeypatch):
+    pytest.importorskip("triton")
+    from specextend.graphs import CapturedSpeculation
+
+    monkeypatch.setattr(weights_module, "pack_linears", lambda head: None)  # the kernels read plain weights
+    head, _, target = load(kind)
+    draft_cache = "full" if kind == "eagle1" else "retrieval"
+    config = SpecExtendConfig(
+        flash_prefill=True, hybrid_tree_attention=True, draft_cache=draft_cache,
+        tree=TreeConfig(4, 3, 0.0), retrieval=RetrievalConfig(8, 3, 2),
+    )  # fmt: skip
+    engine, prompt = engine_of(target, head, config), make_prompt(40)
+    wanted = engine.generate(prompt, 5)
+    speculation = CapturedSpeculation(engine._target, engine._drafter, engine._retriever, config.tree)
+    for _ in range(2):  # a second prompt finds the buffers as the first left them
+        ids, output = engine._begin(prompt, 5, (), config.tree.nodes + 1)
+        for _ in speculation(SamplingConfig(), ids, output):
+            pass
+        found = output.result(None)
+        assert found.token_ids == wanted.token_ids
+        assert [one.accepted for one in found.rounds] == [one.accepted for one in wanted.rounds]
 
 
 # ---- checkpoints

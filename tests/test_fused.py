@@ -7,8 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from specextend.cache import KVCache  # noqa: E402
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
+from specextend.features import FeatureTap  # noqa: E402
 from specextend.graphs import CapturedDecoding, CapturedSpeculation  # noqa: E402
+from specextend.prefill import FusedPrefillTarget  # noqa: E402
+from specextend.target import Target  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
@@ -17,6 +21,7 @@ pytestmark = [
     ),
 ]
 GREEDY = SamplingConfig()
+MAKERS = (Target, FusedPrefillTarget)
 
 
 @pytest.mark.parametrize(
@@ -59,3 +64,18 @@ def test_captured_decoding_is_autoregressive_decoding(sampling, make_model, make
     for _ in CapturedDecoding(engine._baseline)(sampling, ids, output):
         pass
     assert output.result(None).token_ids == wanted.token_ids
+
+
+@pytest.mark.parametrize("block", [0, 16], ids=["whole", "in blocks"])
+@pytest.mark.parametrize("entering", [(0, 2), None], ids=["layers", "final state"])
+def test_fused_prefill_is_the_targets(entering, block, make_model, make_engine, make_prompt):
+    model = make_model("gqa", head_dim=32)
+    engine = make_engine(model, model, SpecExtendConfig.specextend())
+    taps = [FeatureTap(model, entering) for _ in range(2)]
+    caches = [KVCache(model.config, model.dtype, model.device) for _ in range(2)]
+    prompt, parts = make_prompt(40), (engine._target._prefill_attention, engine._target._tree_attention, block or None)
+    plain, fused = (make(model, cache, *parts, tap) for make, cache, tap in zip(MAKERS, caches, taps, strict=True))
+    torch.testing.assert_close(fused.prefill(prompt, 5), plain.prefill(prompt, 5))
+    torch.testing.assert_close(caches[1].buffer[..., :40, :], caches[0].buffer[..., :40, :])
+    torch.testing.assert_close(taps[1].take(), taps[0].take(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(fused.last_queries(), plain.last_queries())

@@ -93,6 +93,29 @@ def test_the_tree_is_that_of_the_definition(config, vocab, sharpness, seed):
     assert paths(found) == paths(wanted) and len(found) == len(wanted)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(lambda vocab: torch.randn(vocab) * 3, id="as a model's"),
+        pytest.param(lambda vocab: torch.zeros(vocab), id="all equal"),
+        pytest.param(lambda vocab: torch.arange(vocab).remainder(2000).div(50).floor(), id="many equal"),
+        pytest.param(lambda vocab: torch.arange(vocab) / 100.0, id="rising: a chunk holds them all"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_children_are_the_most_probable_the_first_of_equals_first(row, dtype):
+    torch.manual_seed(0)
+    vocab, width = 9001, 50
+    logits = row(vocab).to(DEVICE, dtype)[None]
+    buffers = TreeBuffers(TreeConfig(width, 1, 0.0), vocab, DEVICE)
+    buffers.begin()
+    buffers.add_level(logits, 0)
+    wanted = logits[0].sort(descending=True, stable=True).indices[:width]
+    assert set(buffers.child_tokens[0, :width].tolist()) == set(wanted.tolist())
+    scores = logits[0].double().log_softmax(-1)[buffers.child_tokens[0, :width].long()]
+    torch.testing.assert_close(buffers.child_scores[0, :width].double(), scores, atol=2e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_verdict_and_compaction_are_those_of_the_definition(seed):
     found = by_kernels(TreeConfig(20, 5, 0.0), Draft(30, 6.0, seed))

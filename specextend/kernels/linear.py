@@ -5,7 +5,7 @@ what every launch costs. Beside its attention a block is
 
     RMSNorm | q/k/v, rotation, into the cache      o, residual | RMSNorm | gate/up, SiLU | down, residual
 
-A tile is 2 * COLS output columns, two runs of COLS: the halves of a head that a rotation mixes, or gate and up. A
+A tile is 2 * COLS output columns, two runs of COLS: from the halves of a head that a rotation mixes, or gate and up. A
 single row is multiplied without the matrix unit and normed on the way: `W (x g / rms(x)) = (W (x g)) / rms(x)`, and
 every program sees the row whole. Where there are fewer tiles than multiprocessors, the inner dimension is split; the
 last program to arrive at a tile adds the parts up, always in the same order.
@@ -13,15 +13,19 @@ last program to arrive at a tile adds the parts up, always in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specextend.kernels import chain
+from specextend.kernels.chain import LINE, ask, join
+from specextend.kernels.elementwise import KeyValue, Norm, Placement, placed, put_heads, rms_norm
+
 PLAIN, SWIGLU, ROTARY = 0, 1, 2
-PROGRAMS = 96  # enough to draw the memory's bandwidth
+PROGRAMS = 132  # multiprocessors of an H200
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Launch:
         depth: inner dimension per step.
         splits: programs that share the inner dimension of a tile.
         warps, stages: of a program.
+        ahead: steps whose weights are asked for before the launch before has ended, where launches are chained.
     """
 
     cols: int = 32
@@ -40,6 +45,7 @@ class Launch:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    ahead: int = 0
 
 
 class Workspace:
@@ -51,149 +57,118 @@ class Workspace:
         self.arrived = torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of the input: `weight` [K]."""
-
-    weight: Tensor
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where queries, keys and values go, and by which angles they turn.
-
-    Query t stands at position `length + shift + depth[t]`, without `depth` at `length + shift + t * step`; its key and
-    value go to row `length + offset + t` of the cache.
+def linear(
+    x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None, alive: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:  # fmt: skip
+    """[T, N]: `x` [T, K] times `weight` [N, K] transposed, plus `residual` [T, N].
 
     Args:
-        cos, sin: [S, D / 2] tables.
-        length: [] int, device.
-        depth: [T] int, device.
+        alive: [>= 1] float32, device; where its first is not positive, the launch ends at once and computes nothing.
     """
-
-    cos: Tensor
-    sin: Tensor
-    length: Tensor
-    shift: int = 0
-    step: int = 1
-    offset: int = 0
-    depth: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class KeyValue:
-    """One layer of a cache: [H_kv, S, D] each, and for a second, un-rotated copy its own length [] int, device."""
-
-    keys: Tensor
-    values: Tensor
-    length: Tensor | None = None
-
-
-def linear(
-    x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None, launch: Launch | None = None
-) -> Tensor:
-    """[T, N]: `x` [T, K] times `weight` [N, K] transposed, plus `residual` [T, N]."""
     out = x.new_empty(len(x), len(weight))
-    launch = launch or _launch(x, cols=32, depth=128, splits=2, stages=6)
-    _run(PLAIN, x, weight, workspace, launch, triton.cdiv(len(weight), 2 * launch.cols), None, out, residual=residual)
+    launch = launch or launch_for(PLAIN, x, len(weight))
+    tiles = triton.cdiv(len(weight), 2 * launch.cols)
+    _run(PLAIN, x, weight, workspace, launch, tiles, None, out, residual=residual, alive=alive)
     return out
 
 
 def swiglu(
-    x: Tensor, weight: Tensor, workspace: Workspace, *, norm: Norm | None = None, launch: Launch | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, workspace: Workspace, *, norm: Norm | None = None, alive: Tensor | None = None,
+    launch: Launch | None = None,
+) -> Tensor:  # fmt: skip
     """[T, F]: SiLU(gate) * up of `x` [T, K], normed if asked; `weight` [2 F, K] holds gate over up."""
-    x, norm = _normed(x, norm)
+    x, norm = _normed(x, norm, alive)
     out = x.new_empty(len(x), len(weight) // 2)
-    if launch is None:
-        launch = Launch(8, 1024, stages=3) if len(x) == 1 else _launch(x, cols=32, depth=64, stages=4)
-    _run(SWIGLU, x, weight, workspace, launch, triton.cdiv(out.shape[1], launch.cols), norm, out)
+    launch = launch or launch_for(SWIGLU, x, len(weight))
+    _run(SWIGLU, x, weight, workspace, launch, triton.cdiv(out.shape[1], launch.cols), norm, out, alive=alive)
     return out
 
 
 def rotary(
     x: Tensor, weight: Tensor, workspace: Workspace, where: Placement, cache: KeyValue, *,
-    norm: Norm | None = None, full: KeyValue | None = None, launch: Launch | None = None,
+    norm: Norm | None = None, full: KeyValue | None = None, alive: Tensor | None = None, launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotated queries [H, T, D] of `x` [T, K]; keys, rotated, and values go to `cache`, un-rotated to `full`, too.
 
     Args:
         weight: [(H + 2 H_kv) D, K], heads of q over those of k over those of v.
     """
-    x, norm = _normed(x, norm)
+    x, norm = _normed(x, norm, alive)
     kv_heads, _, dim = cache.keys.shape
-    tiles = len(weight) // dim
-    out = x.new_empty(tiles - 2 * kv_heads, len(x), dim)
-    if launch is None:
-        splits = min(8, max(1, PROGRAMS // tiles))
-        launch = _launch(x, cols=dim // 2, depth=128, splits=max(2, splits) if len(x) == 1 else splits, stages=4)
-    assert launch.cols == dim // 2, "a tile is a head"
-    _run(ROTARY, x, weight, workspace, launch, tiles, norm, out, where=where, cache=cache, full=full)
+    out = x.new_empty(len(weight) // dim - 2 * kv_heads, len(x), dim)
+    launch = launch or launch_for(ROTARY, x, len(weight), dim // 2)
+    assert dim // 2 % launch.cols == 0, "a tile lies within a head"
+    tiles = len(weight) // (2 * launch.cols)
+    _run(ROTARY, x, weight, workspace, launch, tiles, norm, out, where=where, cache=cache, full=full, alive=alive)
     return out
 
 
-def _normed(x: Tensor, norm: Norm | None) -> tuple[Tensor, Norm | None]:
+def _normed(x: Tensor, norm: Norm | None, alive: Tensor | None) -> tuple[Tensor, Norm | None]:
     """Several rows are normed in a launch of their own: beside the matrix unit's work it would take longer."""
-    return (x, norm) if norm is None or len(x) == 1 else (rms_norm(x, norm.weight, norm.epsilon), None)
+    return (x, norm) if norm is None or len(x) == 1 else (rms_norm(x, norm, alive), None)
 
 
-def _launch(x: Tensor, *, cols: int, depth: int, stages: int, splits: int = 1) -> Launch:
-    """Tuned for 64 rows of half precision on an H200; `depth` shrinks where tiles would outgrow the shared memory."""
+def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
+    """Tuned for 1 and 64 rows of half precision on an H200; steps shrink where tiles would outgrow the shared memory.
+
+    Args:
+        columns: N, of the weight; half: of a head's dimension, for ROTARY.
+    """
+    inner = x.shape[1]
+    if len(x) == 1:
+        launch = {PLAIN: Launch(8, 512, 2), SWIGLU: Launch(8, 1024, stages=3), ROTARY: Launch(half, 128, 2)}[kind]
+        return replace(launch, splits=min(launch.splits, triton.cdiv(inner, launch.depth)))
+    cols = half if kind == ROTARY else 32
+    tiles = triton.cdiv(columns, 2 * cols)
+    depth, stages = (64, 4) if kind == SWIGLU or tiles > 2 * PROGRAMS else (128, 4 if kind == ROTARY else 6)
     depth = depth * 2 // x.itemsize // (2 if len(x) > 64 else 1)
+    splits = 1 if kind == SWIGLU else max(1, min(8, PROGRAMS // tiles, inner // depth))
     return Launch(cols, depth, splits, stages=stages)
 
 
 def _run(
     kind: int, x: Tensor, weight: Tensor, workspace: Workspace, launch: Launch, tiles: int, norm: Norm | None,
     out: Tensor, *, residual: Tensor | None = None, where: Placement | None = None, cache: KeyValue | None = None,
-    full: KeyValue | None = None,
+    full: KeyValue | None = None, alive: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, inner = x.shape
     block = 1 if rows == 1 else min(128, max(16, triton.next_power_of_2(rows)))
     assert rows <= 128 and weight.is_contiguous() and x.is_contiguous()
     assert tiles * launch.splits * block * 2 * launch.cols <= workspace.parts.numel() or launch.splits == 1
-    turn = where or Placement(x, x, x)
-    cached = cache or KeyValue(out, out)
-    second = full or KeyValue(cached.keys, cached.values, turn.length)
+    turn, cached = where or Placement(x, x, x), cache or KeyValue(out, out)
     _kernel[(tiles, launch.splits)](
-        x, weight, norm.weight if norm else x, norm.epsilon if norm else 0.0, out,
-        residual if residual is not None else x, workspace.parts, workspace.squares, workspace.arrived,
-        rows, len(weight), inner,
-        turn.cos, turn.sin, turn.length, turn.depth if turn.depth is not None else x, turn.shift, turn.step,
-        turn.offset, cached.keys, cached.values, cached.keys.stride(0), cached.keys.stride(-2), cached.values.stride(0),
-        second.keys, second.values, second.length, second.keys.stride(0), second.values.stride(0),
+        x, weight, norm.weight if norm else x, norm.epsilon if norm else 0.0,
+        residual if residual is not None else x, alive if alive is not None else x,
+        workspace.parts, workspace.squares, workspace.arrived, rows, len(weight), inner,
+        *placed(out, turn, cached, full),
         HEADS=out.shape[0] if kind == ROTARY else 1, KV_HEADS=cached.keys.shape[0] if kind == ROTARY else 1,
-        KIND=kind, NORM=norm is not None, RESIDUAL=residual is not None, FULL=full is not None,
-        DEPTHS=turn.depth is not None, SPLITS=launch.splits, ROWS=block, COLS=launch.cols, DEPTH=launch.depth,
+        HALF=cached.keys.shape[-1] // 2 if kind == ROTARY else launch.cols, KIND=kind, NORM=norm is not None,
+        RESIDUAL=residual is not None, FULL=full is not None, DEPTHS=turn.depth is not None, GATED=alive is not None,
+        SPLITS=launch.splits, ROWS=block, COLS=launch.cols, DEPTH=launch.depth, AHEAD=launch.ahead,
         num_warps=launch.warps, num_stages=launch.stages,
+        **chain.options(x.device),
     )  # fmt: skip
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of `x` [T, H] as transformers computes it: normed in float32, rounded, then scaled by `weight` [H]."""
-    out = torch.empty_like(x)
-    _norm[(len(x),)](x, weight, out, x.shape[1], epsilon, SIZE=triton.next_power_of_2(x.shape[1]), num_warps=8)
-    return out
 
 
 @triton.jit
 def _kernel(
-    x, weight, gain, epsilon, out, residual, parts, squares, arrived, rows, columns, inner,
-    cos, sin, length, depths, shift, step, offset, keys, values, key_head, cache_row, value_head,
+    x, weight, gain, epsilon, residual, alive, parts, squares, arrived, rows, columns, inner,
+    out, cos, sin, length, depths, shift, step, offset, keys, values, key_head, cache_row, value_head,
     full_keys, full_values, full_length, full_key_head, full_value_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     KIND: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, FULL: tl.constexpr, DEPTHS: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
-    row, col, d = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
+    row, lane, d = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
     is_row = row < rows
     if KIND == 1:
         first, gap, end = tile * COLS, columns // 2, columns // 2
     else:
-        first, gap, end = tile * 2 * COLS, COLS, columns
-    low, high = first + col, first + gap + col
+        first, gap, end = tile // (HALF // COLS) * 2 * HALF + tile % (HALF // COLS) * COLS, HALF, columns
+    low, high = first + lane, first + gap + lane
     is_low = low < end
     is_high = is_low if KIND == 1 else high < end
     share = tl.cdiv(tl.cdiv(inner, SPLITS), DEPTH) * DEPTH
@@ -202,6 +177,15 @@ def _kernel(
     low_at = weight + low.to(tl.int64)[:, None] * inner + d[None, :]
     high_at = weight + high.to(tl.int64)[:, None] * inner + d[None, :]
     until = tl.minimum(begin + share, inner)
+    if CHAINED and AHEAD:
+        line = begin + tl.arange(0, AHEAD * DEPTH // LINE) * LINE
+        line = tl.where(line < until, line, 0)[None, :]
+        ask(weight + tl.where(is_low, low, first).to(tl.int64)[:, None] * inner + line)
+        ask(weight + tl.where(is_high, high, first).to(tl.int64)[:, None] * inner + line)
+    join(CHAINED)
+    if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
+        if tl.load(alive) <= 0:
+            return
     if ROWS == 1:  # one row: products lane by lane, summed at the end
         sum_a = tl.zeros([COLS, DEPTH], tl.float32)
         sum_b = tl.zeros([COLS, DEPTH], tl.float32)
@@ -233,7 +217,7 @@ def _kernel(
 
     last = True
     if SPLITS > 1:
-        at = row[:, None] * COLS + col[None, :]
+        at = row[:, None] * COLS + lane[None, :]
         place = (tile * SPLITS + split).to(tl.int64)
         tl.store(parts + place * 2 * ROWS * COLS + at, a)
         tl.store(parts + (place * 2 + 1) * ROWS * COLS + at, b)
@@ -269,67 +253,9 @@ def _kernel(
             at_low = row[:, None] * gap + low[None, :]
             tl.store(out + at_low, y.to(out.dtype.element_ty), is_row[:, None] & is_low[None, :])
         else:
-            _place(
-                a, b, tile, row, col, is_row, rows, out, cos, sin, length, depths, shift, step, offset,
-                keys, values, key_head, cache_row, value_head,
+            put_heads(
+                a, b, first // (2 * HALF), row, first % (2 * HALF) + lane, is_row, rows, out, cos, sin, length, depths,
+                shift, step, offset, keys, values, key_head, cache_row, value_head,
                 full_keys, full_values, full_length, full_key_head, full_value_head,
-                HEADS, KV_HEADS, FULL, DEPTHS, COLS,
+                HEADS, KV_HEADS, FULL, DEPTHS, HALF,
             )  # fmt: skip
-
-
-@triton.jit
-def _place(
-    a, b, head, row, col, is_row, rows, out, cos, sin, length, depths, shift, step, offset,
-    keys, values, key_head, cache_row, value_head, full_keys, full_values, full_length, full_key_head, full_value_head,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FULL: tl.constexpr, DEPTHS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Rotate a head whose halves are `a` and `b` [T, D / 2], unless it is a value; put it where it belongs."""
-    known = tl.load(length).to(tl.int32)
-    at = row[:, None] * cache_row + col[None, :]
-    mask = is_row[:, None]
-    dtype = out.dtype.element_ty
-    if head < HEADS + KV_HEADS:
-        if DEPTHS:
-            position = known + shift + tl.load(depths + row, is_row, 0).to(tl.int32)
-        else:
-            position = known + shift + row * step
-        angle = position[:, None] * HALF + col[None, :]
-        c = tl.load(cos + angle, mask, 0.0).to(tl.float32)
-        s = tl.load(sin + angle, mask, 0.0).to(tl.float32)
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)  # as rounded as the projection's output
-        low, high = a * c - b * s, b * c + a * s
-        if head < HEADS:
-            to = out + (head * rows + row)[:, None] * 2 * HALF + col[None, :]
-            tl.store(to, low.to(dtype), mask)
-            tl.store(to + HALF, high.to(dtype), mask)
-        else:
-            kv = (head - HEADS).to(tl.int64)
-            to = keys + kv * key_head + (known + offset) * cache_row + at
-            tl.store(to, low.to(dtype), mask)
-            tl.store(to + HALF, high.to(dtype), mask)
-            if FULL:
-                to = full_keys + kv * full_key_head + tl.load(full_length) * cache_row + at
-                tl.store(to, a.to(dtype), mask)
-                tl.store(to + HALF, b.to(dtype), mask)
-    else:
-        kv = (head - HEADS - KV_HEADS).to(tl.int64)
-        to = values + kv * value_head + (known + offset) * cache_row + at
-        tl.store(to, a.to(dtype), mask)
-        tl.store(to + HALF, b.to(dtype), mask)
-        if FULL:
-            to = full_values + kv * full_value_head + tl.load(full_length) * cache_row + at
-            tl.store(to, a.to(dtype), mask)
-            tl.store(to + HALF, b.to(dtype), mask)
-
-
-@triton.jit
-def _norm(
-    x, weight, out, columns, epsilon, SIZE: tl.constexpr,
-):  # fmt: skip
-    column = tl.arange(0, SIZE)
-    inside = column < columns
-    at = tl.program_id(0) * columns + column
-    wide = tl.load(x + at, inside, 0.0).to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / columns + epsilon)
-    gain = tl.load(weight + column, inside, 0.0)
-    tl.store(out + at, normed.to(gain.dtype) * gain, inside)

@@ -17,9 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from specextend.config import TreeConfig
+from specextend.kernels import chain
+from specextend.kernels.chain import join
 
 WORD = 32
-CHUNK = 8192  # logits at a time
+CHUNK = 4096  # logits at a time
+ROOM = 1024  # of them that may come close to the best
 BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # of a float32 that holds a value of the dtype
 
 
@@ -34,10 +37,7 @@ def _ordered(values, BITS: tl.constexpr):
 def _best(values, count):
     """Which of `values` [X] float32 are the `count` highest, the earlier of equals first, and the place of each."""
     key = _ordered(values, 32)
-    lowest = tl.full([], 0, tl.uint32)
-    for bit in tl.static_range(32):
-        higher = lowest | (1 << (31 - bit))
-        lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
+    lowest = _lowest_of_best(key, count, 32)
     taken, place, _, _ = _take(key, lowest, count - tl.sum((key > lowest).to(tl.int32), 0), 0, 0)
     return taken, place
 
@@ -55,49 +55,90 @@ def _take(key, lowest, needed, above_so_far, equal_so_far):
 
 @triton.jit
 def _children(
-    logits, above, names, tokens, scores, state, vocab, stride, width,
-    NAMED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
+    logits, above, names, close, close_at, tokens, scores, state, vocab, stride, width,
+    NAMED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, ROOM: tl.constexpr, BITS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The `width` most probable tokens after one node, with the scores of the paths to them.
 
-    A row is read chunk by chunk, again and again: it stays in the L1 cache, and would not fit the registers.
+    A row is read chunk by chunk. The highest logit of every lane over all chunks is known after the first pass; the
+    `width`-th of these is a bound below which none of the best lies, and in all but made-up rows only a few more than
+    `width` reach it: these are put aside, and searched instead of the row.
     """
+    join(CHAINED)
     if tl.load(state) > 0:
         row, index = tl.program_id(0), tl.arange(0, CHUNK)
-        at = logits + row.to(tl.int64) * stride + index
+        at = logits + row.to(tl.int64) * stride
+        close += row * ROOM
+        close_at += row * ROOM
         highest = tl.full([CHUNK], float("-inf"), tl.float32)
         for start in range(0, vocab, CHUNK):
-            highest = tl.maximum(highest, tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32))
+            x = tl.load(at + start + index, start + index < vocab, float("-inf")).to(tl.float32)
+            highest = tl.maximum(highest, x)
         top = tl.max(highest, 0)
+        bound = _lowest_of_best(_ordered(highest, BITS), width, BITS)
+
         mass = tl.zeros([CHUNK], tl.float32)
+        found = tl.full([], 0, tl.int32)
         for start in range(0, vocab, CHUNK):
-            mass += tl.exp(tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32) - top)
+            x = tl.load(at + start + index, start + index < vocab, float("-inf"))
+            mass += tl.exp(x.to(tl.float32) - top)
+            reaches = ((start + index < vocab) & (_ordered(x.to(tl.float32), BITS) >= bound)).to(tl.int32)
+            place = found + tl.cumsum(reaches, 0) - reaches
+            tl.store(close + place, x, (reaches == 1) & (place < ROOM))
+            tl.store(close_at + place, start + index, (reaches == 1) & (place < ROOM))
+            found += tl.sum(reaches, 0)
         normal = top + tl.log(tl.sum(mass, 0))
+        tl.debug_barrier()
 
-        lowest = tl.full([], 0, tl.uint32)
-        for bit in range(BITS):
-            higher = lowest | (tl.full([], 1, tl.uint32) << (BITS - 1 - bit))
-            count = tl.zeros([CHUNK], tl.int32)
-            for start in range(0, vocab, CHUNK):
-                x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
-                count += (_ordered(x, BITS) >= higher).to(tl.int32)
-            lowest = tl.where(tl.sum(count, 0) >= width, higher, lowest)
-        count = tl.zeros([CHUNK], tl.int32)
-        for start in range(0, vocab, CHUNK):
-            x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
-            count += (_ordered(x, BITS) > lowest).to(tl.int32)
+        fits = found <= ROOM
+        count = tl.where(fits, found, vocab)
+        source = tl.where(fits, close, at)
+        if fits:
+            lowest = _lowest_of_best(_keys(close, 0, found, ROOM, BITS), width, BITS)
+        else:
+            lowest = tl.full([], 0, tl.uint32)
+            for bit in range(BITS):
+                higher = lowest | (tl.full([], 1, tl.uint32) << (BITS - 1 - bit))
+                reach = tl.zeros([ROOM], tl.int32)
+                for start in range(0, vocab, ROOM):
+                    reach += (_keys(at, start, vocab, ROOM, BITS) >= higher).to(tl.int32)
+                lowest = tl.where(tl.sum(reach, 0) >= width, higher, lowest)
+        above_lowest = tl.zeros([ROOM], tl.int32)
+        for start in range(0, count, ROOM):
+            above_lowest += (_keys(source, start, count, ROOM, BITS) > lowest).to(tl.int32)
 
-        needed, path = width - tl.sum(count, 0), tl.load(above + row)
+        needed, path = width - tl.sum(above_lowest, 0), tl.load(above + row)
         above_so_far = tl.full([], 0, tl.int32)
         equal_so_far = tl.full([], 0, tl.int32)
-        for start in range(0, vocab, CHUNK):
-            x = tl.load(at + start, start + index < vocab, float("-inf")).to(tl.float32)
-            taken, place, above_so_far, equal_so_far = _take(
-                _ordered(x, BITS), lowest, needed, above_so_far, equal_so_far
-            )
-            token = tl.load(names + start + index, taken, 0).to(tl.int32) if NAMED else start + index
+        for start in range(0, count, ROOM):
+            lane = start + tl.arange(0, ROOM)
+            key = _keys(source, start, count, ROOM, BITS)
+            taken, place, above_so_far, equal_so_far = _take(key, lowest, needed, above_so_far, equal_so_far)
+            taken = taken & (lane < count)
+            token = tl.where(fits, tl.load(close_at + lane, taken & fits, 0), lane)
+            if NAMED:
+                token = tl.load(names + token, taken, 0).to(tl.int32)
             tl.store(tokens + row * KEPT + place, token, taken)
-            tl.store(scores + row * KEPT + place, tl.minimum(x - normal, 0.0) + path, taken)
+            score = tl.load(source + lane, taken, 0.0).to(tl.float32) - normal
+            tl.store(scores + row * KEPT + place, tl.minimum(score, 0.0) + path, taken)
+
+
+@triton.jit
+def _keys(source, start, count, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """`_ordered` of SIZE values from `start`, those beyond `count` the lowest of all."""
+    lane = start + tl.arange(0, SIZE)
+    return _ordered(tl.load(source + lane, lane < count, float("-inf")).to(tl.float32), BITS)
+
+
+@triton.jit
+def _lowest_of_best(key, count, BITS: tl.constexpr):
+    """The `count`-th highest of `key` [X]; 0 if there are fewer."""
+    lowest = tl.full([], 0, tl.uint32)
+    for bit in range(BITS):
+        higher = lowest | (tl.full([], 1, tl.uint32) << (BITS - 1 - bit))
+        lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
+    return lowest
 
 
 @triton.jit
@@ -105,11 +146,13 @@ def _level(
     child_tokens, child_scores, level_tokens, below, above, tokens, parents, scores, words, state,
     level, wide, width, nodes, threshold, floor,
     KEPT: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr, LANES: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on.
 
     Once the stop rule has spoken, a level's slots hold paths of probability 0, and nothing else changes.
     """
+    join(CHAINED)
     lane, first = tl.arange(0, LANES), level * width  # of this level's slots among all levels'
     is_lane = lane < width
     if tl.load(state) <= 0:
@@ -154,8 +197,10 @@ def _tree(
     root, tokens, parents, scores, words, kept, order, tree_tokens, tree_parents, tree_depth, tree_used, tree_words,
     candidates, width, slots,
     WORDS: tl.constexpr, TREE_WORDS: tl.constexpr, ALL: tl.constexpr, SLOTS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The `slots` best of root and candidates, in order; candidate c is node c + 1 of all, the root node 0."""
+    join(CHAINED)
     node = tl.arange(0, ALL)
     is_node = node <= candidates
     score = tl.load(scores + node - 1, is_node & (node > 0), float("-inf"))
@@ -194,9 +239,10 @@ def _tree(
 @triton.jit
 def _accept(
     tokens, parents, used, words, chosen, path, emitted, count, newest, start, length, slots,
-    WORDS: tl.constexpr, SLOTS: tl.constexpr,
+    WORDS: tl.constexpr, SLOTS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Follow the target's choices down the tree; `start` gets the old length, `length` the new one."""
+    join(CHAINED)
     slot = tl.arange(0, SLOTS)
     is_slot = slot < slots
     parent = tl.load(parents + slot, is_slot, -1)
@@ -223,9 +269,10 @@ def _accept(
 @triton.jit
 def _compact(
     keys, values, path, count, start, layer_stride, head_stride, row_stride,
-    PATH: tl.constexpr, DIM: tl.constexpr,
+    PATH: tl.constexpr, DIM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Move one head's rows `path` to the front of the scratch; all are read before one is written."""
+    join(CHAINED)
     base = tl.program_id(0).to(tl.int64) * layer_stride + tl.program_id(1).to(tl.int64) * head_stride
     step, dim = tl.arange(0, PATH), tl.arange(0, DIM)
     moves = step < tl.load(count)
@@ -248,7 +295,7 @@ class TreeBuffers:
     """
 
     def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
-        self._config, self._vocab_size = config, vocab_size
+        self._config, self._vocab_size, self._options = config, vocab_size, chain.options(device)
         self._floor = math.log(config.min_probability) if config.min_probability else -math.inf
         self.width = width = min(config.nodes, vocab_size)
         every = width * config.max_depth
@@ -260,6 +307,7 @@ class TreeBuffers:
         self.kept_per_row = triton.next_power_of_2(width)
         self.child_tokens = room(width, self.kept_per_row)
         self.child_scores = room(width, self.kept_per_row, dtype=torch.float32)
+        self._close_at = room(width, ROOM)
         self.level_tokens, self.below = room(width, dtype=torch.int64), room(width, dtype=torch.int64)
         self.above = room(width, dtype=torch.float32)
         self.all_tokens, self.all_parents = room(every, dtype=torch.int64), room(every)
@@ -286,11 +334,12 @@ class TreeBuffers:
             names: [V] token of every column, where it is not the column itself.
         """
         wide, vocab = 1 if level == 0 else self.width, self._vocab_size
+        close = logits.new_empty(wide, ROOM)
         _children[(wide,)](
-            logits, self.above, logits if names is None else names, self.child_tokens, self.child_scores, self.state,
-            vocab, logits.stride(0), self.width, NAMED=names is not None, KEPT=self.kept_per_row,
-            CHUNK=min(CHUNK, triton.next_power_of_2(vocab)), BITS=BITS[logits.dtype],
-            num_warps=16 if vocab > CHUNK else 4,
+            logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
+            self.child_scores, self.state, vocab, logits.stride(0), self.width, NAMED=names is not None,
+            KEPT=self.kept_per_row, CHUNK=min(CHUNK, triton.next_power_of_2(vocab)), ROOM=ROOM,
+            BITS=BITS[logits.dtype], num_warps=16 if vocab > CHUNK else 4, **self._options,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](
@@ -299,6 +348,7 @@ class TreeBuffers:
             level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
             KEPT=self.kept_per_row, WORDS=words, SIZE=triton.next_power_of_2(self.width * wide),
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
+            **self._options,
         )  # fmt: skip
 
     def finish(self, root: Tensor) -> None:
@@ -308,7 +358,7 @@ class TreeBuffers:
             root, self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.kept, self.order,
             self.tokens, self.parents, self.depth, self.used, self.words, every, self.width, self.slots,
             WORDS=self.all_words.shape[1], TREE_WORDS=self.words.shape[1], ALL=triton.next_power_of_2(every + 1),
-            SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
+            SLOTS=triton.next_power_of_2(self.slots), num_warps=4, **self._options,
         )  # fmt: skip
 
     def accept(self, chosen: Tensor, length: Tensor) -> None:
@@ -316,7 +366,7 @@ class TreeBuffers:
         _accept[(1,)](
             self.tokens, self.parents, self.used, self.words, chosen, self.path, self.emitted, self.count,
             self.newest, self.start, length, self.slots,
-            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
+            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1, **self._options,
         )  # fmt: skip
 
     def compact(self, keys: Tensor, values: Tensor) -> None:
@@ -325,5 +375,5 @@ class TreeBuffers:
         assert keys.stride() == values.stride()
         _compact[(layers, heads)](
             keys, values, self.path, self.count, self.start, keys.stride(0), keys.stride(1), keys.stride(2),
-            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2,
+            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2, **self._options,
         )  # fmt: skip

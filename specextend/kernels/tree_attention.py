@@ -21,6 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specextend.kernels import chain
+from specextend.kernels.chain import LINE, ask, join
+
 LOG2E = 1.4426950408889634
 WORD = 32  # mask bits per word
 
@@ -33,12 +36,14 @@ class Launch:
         splits: programs that share the prefix of a KV head.
         keys: keys per tile.
         warps, stages: of a program.
+        ahead: tiles asked for before the launch before has ended, where launches are chained.
     """
 
     splits: int
     keys: int = 64
     warps: int = 4
     stages: int = 3
+    ahead: int = 0
 
 
 def launch_for(device: torch.device, kv_heads: int, rows: int) -> Launch:
@@ -74,6 +79,7 @@ def tree_attention(
     slots: int,
     launch: Launch,
     workspace: Workspace | None = None,
+    alive: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of tree nodes over a static cache.
 
@@ -84,6 +90,7 @@ def tree_attention(
         mask: [T, ceil(slots / 32)] int32 as `pack_mask` makes it; every query sees some prefix or slot.
         scaling: factor on the scores.
         slots: K, number of slots behind the prefix.
+        alive: [>= 1] float32, device; where its first is not positive, the launches end at once and compute nothing.
     Returns:
         output [H, T, D] in the query's dtype, in memory [T, H, D] as the output projection reads it, and lse [H, T]
         float32 (natural logarithm).
@@ -95,27 +102,29 @@ def tree_attention(
     workspace = workspace or Workspace(heads, queries, dim, launch.splits, query.device)
     output = query.new_empty(queries, heads, dim)
     lse = torch.empty(heads, queries, dtype=torch.float32, device=query.device)
+    gated, gate, options = alive is not None, alive if alive is not None else lse, chain.options(query.device)
     _split[(launch.splits, kv_heads, triton.cdiv(groups * queries, rows))](
-        query, keys, values, length, mask, workspace.output, workspace.lse,
+        query, keys, values, length, mask, gate, workspace.output, workspace.lse,
         scaling * LOG2E, queries, slots, heads,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         mask.stride(0),
-        GROUPS=groups, SPLITS=launch.splits, ROWS=rows, KEYS=launch.keys, DIM=dim,
-        num_warps=launch.warps, num_stages=launch.stages,
+        GATED=gated, GROUPS=groups, SPLITS=launch.splits, ROWS=rows, KEYS=launch.keys, DIM=dim, AHEAD=launch.ahead,
+        num_warps=launch.warps, num_stages=launch.stages, **options,
     )  # fmt: skip
     _merge[(heads * queries,)](
-        workspace.output, workspace.lse, output, lse, heads, queries,
-        SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1,
+        workspace.output, workspace.lse, output, lse, gate, heads, queries, GATED=gated,
+        SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1, **options,
     )  # fmt: skip
     return output.transpose(0, 1), lse
 
 
 @triton.jit
 def _split(
-    query, keys, values, length, mask, partial, partial_lse,
+    query, keys, values, length, mask, alive, partial, partial_lse,
     scale, queries, slots, heads,
     query_head, query_row, key_head, key_row, value_head, value_row, mask_row,
-    GROUPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    GATED: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DIM: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One split of the prefix, and for the last split the slots, for one tile of the stacked queries of a KV head."""
     split, kv_head = tl.program_id(0), tl.program_id(1)
@@ -123,9 +132,21 @@ def _split(
     is_row = row < GROUPS * queries
     head, node = kv_head * GROUPS + row // queries, row % queries
     dim, offset = tl.arange(0, DIM), tl.arange(0, KEYS)
-    q = tl.load(query + head[:, None] * query_head + node[:, None] * query_row + dim[None, :], is_row[:, None], 0.0)
     keys += kv_head.to(tl.int64) * key_head
     values += kv_head.to(tl.int64) * value_head
+    if CHAINED and AHEAD and DIM >= LINE:
+        # the prefix is older than the launch before; its length may not be, and is read again
+        known = tl.load(length, volatile=True).to(tl.int32)
+        early = split * tl.cdiv(tl.cdiv(known, SPLITS), KEYS) * KEYS + tl.arange(0, AHEAD * KEYS)
+        early = tl.where(early < known, early, 0)[:, None]
+        line = tl.arange(0, DIM // LINE)[None, :] * LINE
+        ask(keys + early * key_row + line)
+        ask(values + early * value_row + line)
+    join(CHAINED)
+    if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
+        if tl.load(alive) <= 0:
+            return
+    q = tl.load(query + head[:, None] * query_head + node[:, None] * query_row + dim[None, :], is_row[:, None], 0.0)
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -181,10 +202,14 @@ def _absorb(scores, v, scale, best, total, output):
 
 @triton.jit
 def _merge(
-    partial, partial_lse, output, lse, heads, queries,
-    SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    partial, partial_lse, output, lse, alive, heads, queries,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One softmax out of the splits' for one query of one head."""
+    join(CHAINED)
+    if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
+        if tl.load(alive) <= 0:
+            return
     row, rows = tl.program_id(0), heads * queries
     split, dim = tl.arange(0, PADDED), tl.arange(0, DIM)
     is_split = split < SPLITS
