@@ -167,7 +167,7 @@ def watch(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> Iterator[Step]
     made = rounds = 0
     while made < new_tokens:
         positions = None
-        if retriever.is_due(rounds):
+        if retriever.is_due(rounds, drafter.context):
             positions = retriever.select(target.attention_row, drafter.context)
             drafter.refresh(positions)
         tree = drafter.propose()

@@ -25,23 +25,29 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from gpu_figures import summary
+
 from eagle.drafter import EagleDrafter
+from eagle.models import RETRIEVAL
 from eagle.models import load_models as load_eagle
 from eagle.widen import widen_head
 from specextend import SamplingConfig, SpecExtend, SpecExtendConfig
 from specextend.attention import NAME
 from specextend.bench import environment, first_difference, write_json
-from specextend.config import RetrievalConfig, TreeConfig
+from specextend.blocks import Workspaces
+from specextend.config import TreeConfig
 from specextend.data import builtin_text, find_buckets, read_prompts
+from specextend.fused import FusedTarget
 from specextend.kernels import tree_attention
+from specextend.kernels.tree import TreeBuffers
 from specextend.models import LoadedModels, load_models
-from specextend.widen import SHAPES, widen
+from specextend.widen import SHAPES, Shape, widen
 
 PARTS = ("bandwidth", "kernels", "prefill", "stages", "decode", "eagle", "trace", "long")
 REPEATS = 20
-DRAFT_SHAPE = {"vicuna_7b": "vicuna_68m", "llama31_8b": None}
+SHAPE, DRAFT_SHAPE, LONG_SHAPE = SHAPES["vicuna_7b"], SHAPES["vicuna_68m"], SHAPES["llama31_8b"]
+SLOTS = TreeConfig(nodes=63, threshold=0.0)  # 64 with the root, and always ten levels
 EAGLE_VOCAB = 32000  # draft vocabulary of the published EAGLE-3 heads
-EAGLE_RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)
 GIB = 1 << 30
 
 
@@ -62,7 +68,6 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--shape", choices=DRAFT_SHAPE, default="vicuna_7b")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1000, 2000, 4000, 8000, 16000])
     parser.add_argument("--data_dir", type=Path, nargs="+", default=[], help="folders of prompts; else built-in text")
@@ -77,7 +82,16 @@ def parse_args() -> argparse.Namespace:
         return args
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here")
+    for folder in args.data_dir:
+        missing = {bucket(length) for length in args.lengths} - find_buckets(folder).keys()
+        if missing:
+            parser.error(f"{folder} has no prompts of {', '.join(sorted(missing))} tokens; choose other --lengths")
     return args
+
+
+def bucket(length: int) -> str:
+    """The data sets' name of a length."""
+    return f"{length // 1000}K" if length >= 1000 else str(length)
 
 
 class Bench:
@@ -92,19 +106,19 @@ class Bench:
         self.small = load_models("bundled", device="cuda", dtype="float32")
         self.models = self._widened()
         torch.cuda.synchronize()
-        self.note(f"widened to {args.shape} in {time.monotonic() - began:.1f}s")
+        self.note(f"widened to {SHAPE} in {time.monotonic() - began:.1f}s")
         self.engine = SpecExtend(self.models, SpecExtendConfig.specextend(tree=TreeConfig()))
+        texts = [read_prompts(list(find_buckets(folder).values())[-1], limit=2)[-1].text for folder in args.data_dir]
+        self.text = self.engine.encode("\n".join(texts) or builtin_text())
 
     def _widened(self) -> LoadedModels:
         options = {"dtype": self.dtype, "device": self.device}
         with torch.inference_mode():
-            target = widen(self.small.target, SHAPES[self.args.shape], **options)
-            draft_shape = DRAFT_SHAPE[self.args.shape]
-            draft = widen(self.small.draft, SHAPES[draft_shape], seed=1, **options) if draft_shape else None
-        vocab = SHAPES[self.args.shape].vocab
+            target = widen(self.small.target, SHAPE, **options)
+            draft = widen(self.small.draft, DRAFT_SHAPE, seed=1, **options)
         return replace(
-            self.small, name=f"bundled widened to {self.args.shape}", target=target, draft=draft, dtype=self.dtype,
-            vocab_size=vocab,
+            self.small, name="bundled widened to Vicuna-7B's shape", target=target, draft=draft, dtype=self.dtype,
+            vocab_size=SHAPE.vocab,
         )  # fmt: skip
 
     def note(self, line: str) -> None:
@@ -114,7 +128,7 @@ class Bench:
     def write(self) -> None:
         record = {
             "command": ["scripts/bench_gpu.py", *sys.argv[1:]], "environment": environment(),
-            "gpu": torch.cuda.get_device_name(), "shape": asdict(SHAPES[self.args.shape]), "dtype": self.args.dtype,
+            "gpu": torch.cuda.get_device_name(), "shape": asdict(SHAPE), "dtype": self.args.dtype,
             "pair": "bundled models widened without changing what they compute; no weights of that size were loaded",
             "log": self.log, **self.results,
         }  # fmt: skip
@@ -132,7 +146,7 @@ class Bench:
 
     def kernels(self) -> list[dict]:
         """Tree attention alone, over several layers' caches so that none stays in the L2 cache."""
-        shape, rows = SHAPES[self.args.shape], []
+        shape, rows = SHAPE, []
         for length in (1000, 16000):
             caches = torch.randn(
                 8, 2, shape.kv_heads, length + 128, shape.head_dim, dtype=self.dtype, device=self.device
@@ -151,7 +165,7 @@ class Bench:
                         )
 
                 us = 1e3 * median_ms(captured(layers)) / len(caches)
-                read = 2 * shape.kv_heads * length * shape.head_dim * self.dtype.itemsize
+                read = cache_bytes(shape, length, self.dtype) / shape.layers
                 rows.append({"tokens": length, "slots": slots, "us": us, "tb_s": read / us / 1e6})
         return rows
 
@@ -174,8 +188,7 @@ class Bench:
 
     def stages(self) -> list[dict]:
         """Milliseconds of every captured step, alone and repeated, beside the bytes it cannot avoid."""
-        slots = SpecExtendConfig.specextend(tree=TreeConfig(nodes=63))  # 64 with the root
-        engine = self.engine.with_config(slots)
+        engine = self.engine.with_config(SpecExtendConfig.specextend(tree=SLOTS))
         return [self.stages_at(engine, length) for length in self.args.lengths]
 
     def stages_at(self, engine: SpecExtend, length: int) -> dict:
@@ -249,11 +262,13 @@ class Bench:
                 wide = widen_head(small.draft, self.small.target, self.models.target, draft_vocab=EAGLE_VOCAB)
             models = replace(self.models, draft=wide, drafter=partial(EagleDrafter, target=self.models.target))
             engine = SpecExtend(
-                models, SpecExtendConfig.specextend(tree=TreeConfig(), retrieval=EAGLE_RETRIEVAL),
-                cache=self.engine._cache,
-            )  # fmt: skip
+                models, SpecExtendConfig.specextend(tree=SLOTS, retrieval=RETRIEVAL), cache=self.engine._cache
+            )
             rows.append({"head": head, "stages": self.stages_at(engine, self.args.lengths[-1])})
-            rows[-1]["decode"] = self.decode_all({head: engine}, self.args.lengths[1::4], 1)
+            engine = engine.with_config(replace(engine.config, tree=TreeConfig()))
+            standard = engine.with_config(replace(engine.config, draft_cache="full"))
+            engines = {head: engine, f"{head} standard": standard}
+            rows[-1]["decode"] = self.decode_all(engines, self.args.lengths[1::2], 1)
         return rows
 
     def trace(self) -> dict:
@@ -277,26 +292,35 @@ class Bench:
         }
 
     def long(self) -> list[dict]:
-        """Llama-3.1-8B's shape at 32K to 128K tokens of context: what a step costs; the text means nothing there."""
-        shape = SHAPES["llama31_8b"]
-        self.free()
+        """Llama-3.1-8B's shape at 16K to 128K tokens of context: what a step costs; the text means nothing there."""
+        self.models = self.engine = None  # lets go of the widened pair
+        torch.cuda.empty_cache()
         with torch.inference_mode():
-            target = widen(self.small.target, shape, dtype=self.dtype, device=self.device)
-        models = replace(self.small, target=target, draft=None, dtype=self.dtype, limit=1 << 18, vocab_size=shape.vocab)
+            target = widen(self.small.target, LONG_SHAPE, dtype=self.dtype, device=self.device)
+        models = replace(
+            self.small, target=target, draft=None, dtype=self.dtype, limit=1 << 18, vocab_size=LONG_SHAPE.vocab
+        )
         engine, rows = SpecExtend(models), []
         for length in (16000, 32000, 64000, 128000):
-            prompt = self.prompt(16000).repeat(-(-length // 16000))[:length]
-            generation = engine.autoregressive(prompt, 24)
+            generation = engine.autoregressive(self.prompt(length), 24)
             step = [sum(one.seconds.values()) for one in generation.rounds[4:]]
-            cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * length * self.dtype.itemsize
-            floor = (weight_bytes(target) + cache) / self.read_rate
+            floor = (weight_bytes(target) + cache_bytes(LONG_SHAPE, length, self.dtype)) / self.read_rate / 1e9
             rows.append(
                 {
-                    "tokens": length, "autoregressive_ms": 1e3 * statistics.median(step), "byte_floor_ms": floor / 1e9,
-                    "prefill_s": generation.ttft_s,
+                    "tokens": length, "autoregressive_ms": 1e3 * statistics.median(step),
+                    "verify_ms": self.verify_ms(engine), "byte_floor_ms": floor, "prefill_s": generation.ttft_s,
                 }
             )  # fmt: skip
         return rows
+
+    @torch.inference_mode()
+    def verify_ms(self, engine: SpecExtend) -> float:
+        """Milliseconds to verify a chain of 64 behind what the engine's target read last."""
+        tree = TreeBuffers(SLOTS, LONG_SHAPE.vocab, self.device)
+        tree.depth.copy_(torch.arange(tree.slots))
+        tree.words.copy_(tree_attention.pack_mask(torch.ones(tree.slots, tree.slots, device=self.device).tril().bool()))
+        target = FusedTarget(engine._baseline, Workspaces(self.device), tree.slots)
+        return median_ms(captured(lambda: target.verify(tree).argmax(-1)))
 
     # --- what the parts share ---
 
@@ -307,24 +331,19 @@ class Bench:
 
     def floor_ms(self, length: int) -> float:
         """One pass over the target's weights and cache at the measured bandwidth."""
-        shape = SHAPES[self.args.shape]
-        cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * length * self.dtype.itemsize
+        cache = cache_bytes(SHAPE, length, self.dtype)
         return (weight_bytes(self.models.target) + cache) / self.read_rate / 1e9
 
     def prompt(self, length: int) -> Tensor:
         """The first `length` tokens of the longest texts at hand, repeated if they are too short."""
-        if not hasattr(self, "_text"):
-            texts = [read_prompts(find_buckets(folder)["16K"], limit=2)[-1].text for folder in self.args.data_dir]
-            self._text = self.engine.encode("\n".join(texts) or builtin_text())
-        return self._text.repeat(-(-length // len(self._text)))[:length]
+        return self.text.repeat(-(-length // len(self.text)))[:length]
 
     def prompts(self, lengths: list[int], samples: int) -> Iterator[tuple[str, int, Tensor]]:
         """(data set, nominal length, ids) of the prompts to decode, one of each length first."""
         for sample in range(samples):
             for folder in self.args.data_dir:
                 for length in lengths:
-                    path = find_buckets(folder)[f"{length // 1000}K" if length >= 1000 else str(length)]
-                    prompt = read_prompts(path, limit=sample + 1)[-1]
+                    prompt = read_prompts(find_buckets(folder)[bucket(length)], limit=sample + 1)[-1]
                     yield folder.name, length, self.engine.encode(prompt.text)[:length]
         if not self.args.data_dir:
             yield from (("built-in", length, self.prompt(length)) for length in lengths)
@@ -366,71 +385,15 @@ class Bench:
         step = statistics.median(times[2:]) if len(times) > 3 else None
         return {"prefill_s": times[0], "ms_per_round": step and 1e3 * step, "decode_tokens_per_s": step and 1 / step}
 
-    def free(self) -> None:
-        """Let go of the widened pair."""
-        text = self.prompt(16000)
-        self.models = self.engine = None
-        torch.cuda.empty_cache()
-        self._text = text
-
-
-# --- the figures by name ---
-
-
-def summary(record: dict) -> dict[str, float]:
-    """The figures that are compared between machines and versions, flat."""
-    found: dict[str, float] = {}
-    for kind, rate in record.get("bandwidth", {}).items():
-        found[kind.replace("_tb_s", "_bandwidth_tb_s")] = rate
-    for row in record.get("kernels", []):
-        if row["slots"] == 64:
-            found[f"hta_bandwidth_fraction_{short(row)}"] = row["tb_s"] / found["read_bandwidth_tb_s"]
-    for row in record.get("prefill", []):
-        if row["tokens"] == 16000:
-            found |= {"prefill_s_16k": row["target_s"], "prefill_hf_s_16k": row["hugging_face_sdpa_s"]}
-            found["prefill_draft_s_16k"] = row["draft_s"]
-    for row in record.get("stages", []):
-        names = {"verify": "verify", "autoregressive": "ar_graph", "round": "round", "draft": "draft_tree"}
-        names |= {"refresh": "refresh", "byte_floor": "byte_floor"}
-        found |= {f"{name}_ms_{short(row)}": row[f"{stage}_ms"] for stage, name in names.items()}
-        if row["tokens"] == 16000:
-            found |= {"accept_ms": row["accept_ms"], "draft_tree_ms_68m": row["draft_ms"]}
-            found["peak_extra_gb"] = row["peak_extra_gb"]
-    for row in record.get("eagle", []):
-        found[f"draft_tree_ms_{row['head']}"] = row["stages"]["draft_ms"]
-    return found | decode_summary([row for row in record.get("decode", []) if row["temperature"] == 0])
-
-
-def decode_summary(rows: list[dict]) -> dict[str, float]:
-    """Decode tokens/s at temperature 0 and what they are of the other methods', tokens over time of all prompts."""
-    rates: dict[tuple[str, str], float] = {}
-    for method, at in dict.fromkeys((row["method"], short(row)) for row in rows):
-        of = [row for row in rows if (row["method"], short(row)) == (method, at)]
-        tokens = sum(row.get("accepted_per_round", 0.0) + 1 for row in of)
-        rates[method, at] = 1e3 * tokens / sum(row["ms_per_round"] for row in of)
-    others = {
-        "ar_graph": "autoregressive captured",
-        "ar_eager": "autoregressive Hugging Face",
-        "standard": "standard captured",
-    }
-    found = {}
-    for (method, at), rate in rates.items():
-        if method == "specextend":
-            found[f"decode_tokens_per_s_{at}"] = rate
-            of = {name: rates.get((other, at)) for name, other in others.items()}
-            found |= {f"decode_speedup_vs_{name}_{at}": rate / other for name, other in of.items() if other}
-    eager = rates.get((others["ar_eager"], "16k"))
-    return found | ({"ar_eager_ms_16k": 1e3 / eager} if eager else {})
-
-
-def short(row: dict) -> str:
-    """A row's length as it stands in names: 512, 1k, 16k."""
-    return f"{row['tokens'] // 1000}k" if row["tokens"] >= 1000 else str(row["tokens"])
-
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes a step reads: all weights but the embedding's."""
     return sum(weight.nbytes for weight in model.parameters()) - model.get_input_embeddings().weight.nbytes
+
+
+def cache_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
+    """Keys and values of all layers."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * dtype.itemsize
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:

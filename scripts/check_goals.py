@@ -178,7 +178,7 @@ GPU_BOUNDS = (
     ("accept_ms", 0.3, True),
     ("round_ms_16k", 8.8, True),
     ("round_ms_1k", 6.8, True),
-    ("prefill_draft_s_16k", 0.010, True),
+    ("prefill_draft_ms_16k", 10.0, True),
     ("peak_extra_gb", 1.5, True),
     ("hta_bandwidth_fraction_16k", 0.8, False),
     ("decode_speedup_vs_ar_graph_16k", 2.2, False),

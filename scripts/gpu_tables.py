@@ -9,16 +9,14 @@ from typing import Any
 
 import pandas as pd
 from beside_paper import markdown
-
-EAGER, CAPTURED = "autoregressive Hugging Face", "autoregressive captured"
-STANDARD, SPECEXTEND = "standard captured", "specextend"
+from gpu_figures import CAPTURED, EAGER, SPECEXTEND, STANDARD, greedy, rates
 
 
 def gpu_reports(results: Path) -> Iterator[str]:
     """A section per GPU: decoding by length, then what a round costs, against the bytes it cannot avoid."""
     for path in sorted(results.glob("*/bench.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in record.get("decode", []) if row["temperature"] == 0]
+        rows = greedy(record)
         if not rows or "stages" not in record:
             continue
         shape, versions = record["shape"], record["environment"]
@@ -30,6 +28,7 @@ def gpu_reports(results: Path) -> Iterator[str]:
                 f"temperature 0, {prompts(rows)} prompts per length; standard has the same kernels and graphs, and "
                 "differs in the draft's cache alone.",
                 markdown(decoding(rows)),
+                equality(rows),
                 "Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over weights and "
                 "cache at the bandwidth measured beside them.",
                 markdown(stages(record["stages"])),
@@ -39,11 +38,8 @@ def gpu_reports(results: Path) -> Iterator[str]:
 
 def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """By length: tokens/s of every method, accepted drafts, and what SpecExtend gains."""
-    frame = pd.DataFrame(rows)
-    frame["tokens_per_round"] = frame["accepted_per_round"].fillna(0.0) + 1
-    totals = frame.groupby(["tokens", "method"])[["tokens_per_round", "ms_per_round"]].sum()
-    rate = (1e3 * totals["tokens_per_round"] / totals["ms_per_round"]).unstack()
-    accepted = frame.pivot_table(index="tokens", columns="method", values="accepted_per_round")
+    rate = rates(rows)
+    accepted = pd.DataFrame(rows).pivot_table(index="tokens", columns="method", values="accepted_per_round")
     table = pd.DataFrame(
         {
             "AR, Hugging Face": rate[EAGER].map("{:.0f}".format),
@@ -58,6 +54,20 @@ def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
         }
     )
     return table.rename_axis("prompt tokens")
+
+
+def equality(rows: list[dict[str, Any]]) -> str:
+    """How many outputs are autoregressive decoding's, and how near the tie was where they part."""
+    compared = [row for row in rows if row["method"] in (STANDARD, SPECEXTEND)]
+    parted = [row for row in compared if row["first_difference"] is not None]
+    where = "; ".join(
+        f"{row['method']}, {row['data']} at {row['tokens']}: token {row['first_difference']}, {row['gap']:.4f}"
+        for row in parted
+    )
+    line = f"Equality: {len(compared) - len(parted)} of {len(compared)} outputs are our AR's, token for token"
+    return (
+        f"{line}; the others part where the two highest logits are this far apart: {where}." if parted else f"{line}."
+    )
 
 
 def stages(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -38,7 +38,7 @@ def speculative(
     yield None
 
     while not output.finished:
-        if retriever.is_due(len(output.rounds)):
+        if retriever.is_due(len(output.rounds), output.context):
             with output.stage("retrieve"):
                 drafter.refresh(retriever.select(target.attention_row, drafter.context))
         with output.stage("draft"):
@@ -192,6 +192,11 @@ class Output:
     @property
     def new_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def context(self) -> int:
+        """Prompt and output, the newest token, which no cache holds yet, left out."""
+        return self.prompt_tokens + self.new_tokens - 1
 
     def prefill_stage(self, name: str):
         return self._clock(self.prefill_seconds, name)

@@ -29,24 +29,26 @@ class Captured:
 
     def __init__(self, step: Callable[[], None], pool: object | None):
         self._step, self._pool = step, pool
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._has_run = pool is None  # without a pool there is no GPU to capture on
+        self._run = self._first
 
     def __call__(self) -> None:
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._pool is None or not self._has_run:
+        self._run()
+
+    def _first(self) -> None:
+        self._step()
+        if self._pool is not None:  # without one there is no GPU to capture on
+            self._run = self._second
+
+    def _second(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
             self._step()
-            self._has_run = True
-        else:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool):
-                self._step()
-            self._graph.replay()
+        graph.replay()
+        self._run = graph.replay
 
 
 class Stages:
-    """Times the stages of a round by marks in the device's queue; the host does not wait for them."""
+    """Times the stages of one round by marks in the device's queue; the host does not wait for them."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -59,16 +61,11 @@ class Stages:
         yield
         self._marks.append((name, start, self._mark()))
 
-    def restart(self) -> None:
-        self._began, self._marks = time.perf_counter(), []
-
-    def take(self) -> dict[str, float]:
-        """Seconds by stage since the last call, after the device has finished; "host" is what no stage accounts for."""
-        now = time.perf_counter()
+    def seconds(self) -> dict[str, float]:
+        """By stage, after the device has finished; "host" is what no stage accounts for."""
+        passed = time.perf_counter() - self._began
         seconds = {name: self._between(start, end) for name, start, end in self._marks}
-        seconds["host"] = max(0.0, now - self._began - sum(seconds.values()))
-        self._began, self._marks = now, []
-        return seconds
+        return seconds | {"host": max(0.0, passed - sum(seconds.values()))}
 
     def _mark(self):
         if not self._on_gpu:
@@ -128,10 +125,9 @@ class CapturedSpeculation:
 
         one, choose = self._ready(prompt.device), self._chooser(sampling, prompt.device)
         one.begin(first)
-        stages = Stages(prompt.device)
-        stages.restart()
         while not output.finished:
-            if self._retriever.is_due(len(output.rounds)):
+            stages = Stages(prompt.device)
+            if self._retriever.is_due(len(output.rounds), output.context):
                 with stages("retrieve"):
                     self._step("refresh", lambda: one.refresh(self._retriever))
             with stages("draft"):
@@ -189,9 +185,8 @@ class CapturedDecoding:
         choose, step = self._rule(sampling, prompt.device)
         choose.begin(sampling.seed)
         decoder.begin(first)
-        stages = Stages(prompt.device)
-        stages.restart()
         while not output.finished:
+            stages = Stages(prompt.device)
             choose.prepare(output.new_tokens)
             with stages("verify"):
                 step()

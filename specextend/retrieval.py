@@ -27,8 +27,13 @@ class Retriever(Protocol):
     reads_attention: bool
     config: RetrievalConfig
 
-    def is_due(self, rounds: int) -> bool:
-        """Whether to refresh before the next round, `rounds` having been run since the prefill."""
+    def is_due(self, rounds: int, length: int) -> bool:
+        """Whether to refresh before the next round.
+
+        Args:
+            rounds: run since the prefill.
+            length: tokens of the context. While all of them fit, the first refresh takes them all.
+        """
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
         """Positions [m] of the context to keep, ascending, out of 0..length-1.
@@ -45,7 +50,7 @@ class NoRetrieval:
     reads_attention = False
     config = RetrievalConfig()
 
-    def is_due(self, rounds: int) -> bool:
+    def is_due(self, rounds: int, length: int) -> bool:
         return False
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
@@ -65,8 +70,8 @@ class StreamingWindow:
         sink = min(max(config.sink, 1), config.top_k - 1)
         return cls(replace(config, sink=sink, recent=config.top_k - sink))
 
-    def is_due(self, rounds: int) -> bool:
-        return rounds % self.config.every_n_steps == 0
+    def is_due(self, rounds: int, length: int) -> bool:
+        return _is_due(self.config, rounds, length)
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
         chunks = torch.arange(num_chunks(length, self.config.chunk_size))
@@ -81,8 +86,8 @@ class CrossModelRetrieval:
     config: RetrievalConfig
     reads_attention = True
 
-    def is_due(self, rounds: int) -> bool:
-        return rounds % self.config.every_n_steps == 0
+    def is_due(self, rounds: int, length: int) -> bool:
+        return _is_due(self.config, rounds, length)
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
         scores = chunk_scores(attention()[:length], self.config.chunk_size)
@@ -97,6 +102,11 @@ def retriever(kind: str, config: RetrievalConfig) -> Retriever:
     if kind == "full":
         return NoRetrieval()
     return {"streaming": StreamingWindow.of_size, "retrieval": CrossModelRetrieval}[kind](config)
+
+
+def _is_due(config: RetrievalConfig, rounds: int, length: int) -> bool:
+    overflows = length > config.top_k * config.chunk_size
+    return rounds == 0 or (overflows and rounds % config.every_n_steps == 0)
 
 
 def chunk_scores(attention: Tensor, chunk_size: int) -> Tensor:

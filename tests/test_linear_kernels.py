@@ -150,7 +150,7 @@ def test_a_dead_launch_writes_nothing_and_leaves_the_workspace_as_it_was():
     cache = KeyValue(*random(2, 2, 20, 32), torch.tensor(3, device=DEVICE))
     where = Placement(random(20, 32), random(20, 32), cache.length)
     launch, state = Launch(cols=16, depth=16, splits=3), torch.zeros(2, device=DEVICE)
-    before, parts = cache.keys.clone(), workspace.parts.clone()
+    before, parts = cache.keys.clone(), workspace.parts.normal_().clone()
     kernels.rotary(x, weight, workspace, where, cache, alive=state, launch=launch)
     assert torch.equal(cache.keys, before) and torch.equal(workspace.parts, parts) and not workspace.arrived.any()
     kernels.rotary(x, weight, workspace, where, cache, alive=state + 1, launch=launch)

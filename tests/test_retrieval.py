@@ -168,9 +168,17 @@ def test_streaming_window_of_a_single_chunk_is_the_newest():
 
 @pytest.mark.parametrize("kind, due", [("full", []), ("streaming", [0, 3, 6]), ("retrieval", [0, 3, 6])])
 def test_refresh_is_due_before_the_first_round_and_every_n_after(kind, due):
-    one = retriever(kind, RetrievalConfig(every_n_steps=3))
-    assert [rounds for rounds in range(8) if one.is_due(rounds)] == due
+    one = retriever(kind, RetrievalConfig(chunk_size=8, top_k=4, every_n_steps=3))
+    assert [rounds for rounds in range(8) if one.is_due(rounds, 33)] == due
     assert isinstance(one, {"full": NoRetrieval, "streaming": StreamingWindow, "retrieval": CrossModelRetrieval}[kind])
+
+
+@pytest.mark.parametrize("kind", ["streaming", "retrieval"])
+def test_a_context_that_fits_is_taken_whole_once(kind):
+    one = retriever(kind, RetrievalConfig(chunk_size=8, top_k=4, every_n_steps=3))
+    assert [rounds for rounds in range(8) if one.is_due(rounds, 32)] == [0]
+    attention = torch.rand(32)
+    assert one.select(lambda: attention, 32).tolist() == list(range(32))
 
 
 @pytest.mark.parametrize(

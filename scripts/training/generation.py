@@ -67,7 +67,7 @@ def write_rows(
 ) -> np.ndarray:
     """Rows [n, length] uint16: `prompt` tokens of the stream and what the target makes of them, for about `seconds`.
 
-    Half of the rows are greedy, the others are sampled; every round makes `rows` of them.
+    A third of the rows is greedy, the others are sampled; every round makes `rows` of them.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)

@@ -117,11 +117,11 @@ def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
     """
     inner = x.shape[1]
     if len(x) == 1:
-        launch = {PLAIN: Launch(8, 512, 2), SWIGLU: Launch(8, 1024, stages=3), ROTARY: Launch(half, 128, 2)}[kind]
+        launch = {PLAIN: Launch(8, 512, 2), SWIGLU: Launch(8, 1024, stages=3), ROTARY: Launch(16, 512)}[kind]
         return replace(launch, splits=min(launch.splits, triton.cdiv(inner, launch.depth)))
-    cols = half if kind == ROTARY else 32
+    cols = min(half, 32) if kind == ROTARY else 32
     tiles = triton.cdiv(columns, 2 * cols)
-    depth, stages = (64, 4) if kind == SWIGLU or tiles > 2 * PROGRAMS else (128, 4 if kind == ROTARY else 6)
+    depth, stages = (64, 4) if kind == SWIGLU or tiles > 2 * PROGRAMS else (128, 3 if kind == ROTARY else 6)
     depth = depth * 2 // x.itemsize // (2 if len(x) > 64 else 1)
     splits = 1 if kind == SWIGLU else max(1, min(8, PROGRAMS // tiles, inner // depth))
     return Launch(cols, depth, splits, stages=stages)

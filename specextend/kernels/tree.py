@@ -61,9 +61,9 @@ def _children(
 ):  # fmt: skip
     """The `width` most probable tokens after one node, with the scores of the paths to them.
 
-    A row is read chunk by chunk. The highest logit of every lane over all chunks is known after the first pass; the
-    `width`-th of these is a bound below which none of the best lies, and in all but made-up rows only a few more than
-    `width` reach it: these are put aside, and searched instead of the row.
+    Logits are dealt out to ROOM lanes. The `width`-th highest of the lanes' highest is a bound below which none of the
+    best lies, and in all but made-up rows only a few more than `width` logits reach it: these are put aside, and
+    searched instead of the row.
     """
     join(CHAINED)
     if tl.load(state) > 0:
@@ -71,24 +71,25 @@ def _children(
         at = logits + row.to(tl.int64) * stride
         close += row * ROOM
         close_at += row * ROOM
-        highest = tl.full([CHUNK], float("-inf"), tl.float32)
-        for start in range(0, vocab, CHUNK):
-            x = tl.load(at + start + index, start + index < vocab, float("-inf")).to(tl.float32)
-            highest = tl.maximum(highest, x)
+        highest = tl.full([ROOM], float("-inf"), tl.float32)
+        for start in tl.range(0, vocab, CHUNK, num_stages=4):
+            x = tl.load(at + start + index, start + index < vocab, float("-inf"))
+            lanes = tl.max(tl.reshape(x, [ROOM, CHUNK // ROOM]), 1).to(tl.float32)
+            highest = tl.maximum(highest, lanes)
         top = tl.max(highest, 0)
         bound = _lowest_of_best(_ordered(highest, BITS), width, BITS)
 
-        mass = tl.zeros([CHUNK], tl.float32)
+        mass = tl.zeros([], tl.float32)
         found = tl.full([], 0, tl.int32)
-        for start in range(0, vocab, CHUNK):
+        for start in tl.range(0, vocab, CHUNK, num_stages=4):
             x = tl.load(at + start + index, start + index < vocab, float("-inf"))
-            mass += tl.exp(x.to(tl.float32) - top)
+            mass += tl.sum(tl.exp(x.to(tl.float32) - top), 0)
             reaches = ((start + index < vocab) & (_ordered(x.to(tl.float32), BITS) >= bound)).to(tl.int32)
             place = found + tl.cumsum(reaches, 0) - reaches
             tl.store(close + place, x, (reaches == 1) & (place < ROOM))
             tl.store(close_at + place, start + index, (reaches == 1) & (place < ROOM))
             found += tl.sum(reaches, 0)
-        normal = top + tl.log(tl.sum(mass, 0))
+        normal = top + tl.log(mass)
         tl.debug_barrier()
 
         fits = found <= ROOM
@@ -145,8 +146,8 @@ def _lowest_of_best(key, count, BITS: tl.constexpr):
 def _level(
     child_tokens, child_scores, level_tokens, below, above, tokens, parents, scores, words, state,
     level, wide, width, nodes, threshold, floor,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr, LANES: tl.constexpr,
-    CHAINED: tl.constexpr,
+    KEPT: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr,
+    LANES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on.
 
@@ -175,10 +176,11 @@ def _level(
 
         parent = tl.load(below + lane, is_lane, 0)
         slot = first + lane
-        for w in range(WORDS):
-            inherited = tl.load(words + (first - width + parent) * WORDS + w, is_lane & (level > 0), 0)
-            own = tl.where(slot // 32 == w, 1 << (slot % 32), 0)
-            tl.store(words + slot * WORDS + w, inherited | own, is_lane)
+        w = tl.arange(0, PADDED)[None, :]
+        is_word = is_lane[:, None] & (w < WORDS)
+        inherited = tl.load(words + (first - width + parent)[:, None] * WORDS + w, is_word & (level > 0), 0)
+        own = tl.where((slot // 32)[:, None] == w, (1 << (slot % 32))[:, None], 0)
+        tl.store(words + slot[:, None] * WORDS + w, inherited | own, is_word)
 
         every = tl.arange(0, ALL)
         everything = tl.load(scores + every, every < first + width, float("-inf"))
@@ -338,15 +340,16 @@ class TreeBuffers:
         _children[(wide,)](
             logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
             self.child_scores, self.state, vocab, logits.stride(0), self.width, NAMED=names is not None,
-            KEPT=self.kept_per_row, CHUNK=min(CHUNK, triton.next_power_of_2(vocab)), ROOM=ROOM,
-            BITS=BITS[logits.dtype], num_warps=16 if vocab > CHUNK else 4, **self._options,
+            KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
+            BITS=BITS[logits.dtype], num_warps=16, **self._options,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](
             self.child_tokens, self.child_scores, self.level_tokens, self.below, self.above,
             self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.state,
             level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
-            KEPT=self.kept_per_row, WORDS=words, SIZE=triton.next_power_of_2(self.width * wide),
+            KEPT=self.kept_per_row, WORDS=words, PADDED=triton.next_power_of_2(words),
+            SIZE=triton.next_power_of_2(self.width * wide),
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
             **self._options,
         )  # fmt: skip
