@@ -1,8 +1,8 @@
 """Blocks of the Llama family in few launches, over the model's own weights.
 
-`FusedBlock` runs the few rows of a tree behind a cache whose length the host does not know: eight launches of
-`kernels`, each of which begins while the one before ends. `PromptBlock` runs the many rows of a prompt, where the
-products are PyTorch's and what stands between them is small kernels.
+`FusedBlock` runs the few rows of a tree behind a cache whose length the host does not know, in eight launches of
+`kernels`. `PromptBlock` runs the many rows of a prompt, where the products are PyTorch's and what stands between them
+is small kernels.
 """
 
 from __future__ import annotations

@@ -138,8 +138,7 @@ class CapturedSpeculation:
             with stages("accept"):
                 self._step("accept", one.accept)
             drafted, tokens = one.read()
-            yield output.append(drafted, tokens, stages.take())
-            stages.restart()
+            yield output.append(drafted, tokens, stages.seconds())
 
     def _ready(self, device: torch.device) -> FusedRound:
         """The round over the caches as they are now."""
@@ -191,8 +190,7 @@ class CapturedDecoding:
             with stages("verify"):
                 step()
             token = decoder.read()
-            yield output.append(0, [token], stages.take())
-            stages.restart()
+            yield output.append(0, [token], stages.seconds())
 
     def _ready(self, device: torch.device) -> FusedDecoder:
         if self.decoder is None or not self.decoder.is_current:

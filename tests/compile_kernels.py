@@ -22,12 +22,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from specextend.config import TreeConfig
-from specextend.kernels import chain, elementwise, linear, scores, tree, tree_attention
+from specextend.kernels import elementwise, linear, scores, tree, tree_attention
 from specextend.kernels.elementwise import KeyValue, Norm, Placement
 
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-LAUNCH_OPTIONS = {"num_warps", "num_stages", "launch_pdl"}
+LAUNCH_OPTIONS = {"num_warps", "num_stages"}
 NO_MEMORY = torch.device("meta")
 
 
@@ -49,7 +49,7 @@ def launch_all(rows: int) -> None:
     linear.linear(x, empty(4096, 4096), work, residual=x)
     linear.linear(inner, empty(4096, 11008), work, residual=x)
     linear.linear(x, empty(32000, 4096), work, alive=alive)
-    launch = tree_attention.Launch(splits=4, ahead=1)
+    launch = tree_attention.Launch(splits=4)
     words, query = empty(rows, -(-rows // 32), dtype=torch.int32), empty(32, rows, 128)
     tree_attention.tree_attention(
         query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, alive=alive
@@ -111,7 +111,6 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def main(capability: int) -> None:
-    chain.options = lambda device: {"CHAINED": True, "launch_pdl": True}  # as on such a GPU
     for rows in (1, 64):
         for name, (function, arguments) in recorded(lambda rows=rows: launch_all(rows)).items():
             kernel = compiled(function, arguments, capability)

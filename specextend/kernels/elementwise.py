@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.kernels import chain
-from specextend.kernels.chain import join
-
 ROWS = 16  # of a program that places or gates
 COLUMNS = 1024  # of a program that gates
 
@@ -64,7 +61,7 @@ def rms_norm(x: Tensor, norm: Norm, alive: Tensor | None = None) -> Tensor:
     out = torch.empty_like(x)
     _norm[(len(x),)](
         x, norm.weight, out, alive if alive is not None else x, x.shape[1], norm.epsilon, GATED=alive is not None,
-        SIZE=triton.next_power_of_2(x.shape[1]), num_warps=8, **chain.options(x.device),
+        SIZE=triton.next_power_of_2(x.shape[1]), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -76,7 +73,7 @@ def place(states: Tensor, where: Placement, cache: KeyValue) -> Tensor:
     out = states.new_empty(columns // dim - 2 * kv_heads, rows, dim)
     _turn[(columns // dim, triton.cdiv(rows, ROWS))](
         states, rows, columns, *placed(out, where, cache, None), HEADS=len(out), KV_HEADS=kv_heads, FULL=False,
-        DEPTHS=where.depth is not None, ROWS=ROWS, HALF=dim // 2, num_warps=4, **chain.options(states.device),
+        DEPTHS=where.depth is not None, ROWS=ROWS, HALF=dim // 2, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -97,16 +94,15 @@ def gate(x: Tensor) -> Tensor:
     rows, inner = len(x), x.shape[1] // 2
     out = x.new_empty(rows, inner)
     _gate[(rows, triton.cdiv(inner, COLUMNS))](
-        x, out, inner, COLUMNS=COLUMNS, num_warps=4, **chain.options(x.device)
+        x, out, inner, COLUMNS=COLUMNS, num_warps=4
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _norm(
-    x, weight, out, alive, columns, epsilon, GATED: tl.constexpr, SIZE: tl.constexpr, CHAINED: tl.constexpr
+    x, weight, out, alive, columns, epsilon, GATED: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
-    join(CHAINED)
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
         if tl.load(alive) <= 0:
             return
@@ -120,8 +116,7 @@ def _norm(
 
 
 @triton.jit
-def _gate(x, out, inner, COLUMNS: tl.constexpr, CHAINED: tl.constexpr):
-    join(CHAINED)
+def _gate(x, out, inner, COLUMNS: tl.constexpr):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < inner
     row = tl.program_id(0).to(tl.int64)
@@ -135,9 +130,8 @@ def _turn(
     states, rows, columns, out, cos, sin, length, depths, shift, step, offset,
     keys, values, key_head, cache_row, value_head, full_keys, full_values, full_length, full_key_head, full_value_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, FULL: tl.constexpr, DEPTHS: tl.constexpr, ROWS: tl.constexpr,
-    HALF: tl.constexpr, CHAINED: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
-    join(CHAINED)
     head, row = tl.program_id(0), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, HALF)
     is_row = row < rows

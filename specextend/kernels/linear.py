@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.kernels import chain
-from specextend.kernels.chain import LINE, ask, join
 from specextend.kernels.elementwise import KeyValue, Norm, Placement, placed, put_heads, rms_norm
 
 PLAIN, SWIGLU, ROTARY = 0, 1, 2
@@ -37,7 +35,6 @@ class Launch:
         depth: inner dimension per step.
         splits: programs that share the inner dimension of a tile.
         warps, stages: of a program.
-        ahead: steps whose weights are asked for before the launch before has ended, where launches are chained.
     """
 
     cols: int = 32
@@ -45,7 +42,6 @@ class Launch:
     splits: int = 1
     warps: int = 4
     stages: int = 4
-    ahead: int = 0
 
 
 class Workspace:
@@ -145,9 +141,8 @@ def _run(
         HEADS=out.shape[0] if kind == ROTARY else 1, KV_HEADS=cached.keys.shape[0] if kind == ROTARY else 1,
         HALF=cached.keys.shape[-1] // 2 if kind == ROTARY else launch.cols, KIND=kind, NORM=norm is not None,
         RESIDUAL=residual is not None, FULL=full is not None, DEPTHS=turn.depth is not None, GATED=alive is not None,
-        SPLITS=launch.splits, ROWS=block, COLS=launch.cols, DEPTH=launch.depth, AHEAD=launch.ahead,
+        SPLITS=launch.splits, ROWS=block, COLS=launch.cols, DEPTH=launch.depth,
         num_warps=launch.warps, num_stages=launch.stages,
-        **chain.options(x.device),
     )  # fmt: skip
 
 
@@ -159,7 +154,6 @@ def _kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
     KIND: tl.constexpr, NORM: tl.constexpr, RESIDUAL: tl.constexpr, FULL: tl.constexpr, DEPTHS: tl.constexpr,
     GATED: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     row, lane, d = tl.arange(0, ROWS), tl.arange(0, COLS), tl.arange(0, DEPTH)
@@ -177,12 +171,6 @@ def _kernel(
     low_at = weight + low.to(tl.int64)[:, None] * inner + d[None, :]
     high_at = weight + high.to(tl.int64)[:, None] * inner + d[None, :]
     until = tl.minimum(begin + share, inner)
-    if CHAINED and AHEAD:
-        line = begin + tl.arange(0, AHEAD * DEPTH // LINE) * LINE
-        line = tl.where(line < until, line, 0)[None, :]
-        ask(weight + tl.where(is_low, low, first).to(tl.int64)[:, None] * inner + line)
-        ask(weight + tl.where(is_high, high, first).to(tl.int64)[:, None] * inner + line)
-    join(CHAINED)
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
         if tl.load(alive) <= 0:
             return

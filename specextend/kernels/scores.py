@@ -10,9 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.kernels import chain
-from specextend.kernels.chain import join
-
 KEYS = 32  # per program
 
 
@@ -29,7 +26,7 @@ def attention_row(query: Tensor, lse: Tensor, newest: Tensor, keys: Tensor, leng
     _row[(triton.cdiv(size, KEYS),)](
         query, lse, newest, keys, length, row, scaling, size,
         query.stride(0), query.stride(1), lse.stride(0), keys.stride(0), keys.stride(1),
-        HEADS=query.shape[0], KV_HEADS=kv_heads, DIM=dim, KEYS=KEYS, num_warps=4, **chain.options(keys.device),
+        HEADS=query.shape[0], KV_HEADS=kv_heads, DIM=dim, KEYS=KEYS, num_warps=4,
     )  # fmt: skip
     return row
 
@@ -37,9 +34,8 @@ def attention_row(query: Tensor, lse: Tensor, newest: Tensor, keys: Tensor, leng
 @triton.jit
 def _row(
     query, lse, newest, keys, length, row, scale, size, query_head, query_row, lse_head, key_head, key_row,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    join(CHAINED)
     position = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     dim = tl.arange(0, DIM)
     is_key = position < tl.load(length)

@@ -17,8 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from specextend.config import TreeConfig
-from specextend.kernels import chain
-from specextend.kernels.chain import join
 
 WORD = 32
 CHUNK = 4096  # logits at a time
@@ -57,7 +55,6 @@ def _take(key, lowest, needed, above_so_far, equal_so_far):
 def _children(
     logits, above, names, close, close_at, tokens, scores, state, vocab, stride, width,
     NAMED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, ROOM: tl.constexpr, BITS: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The `width` most probable tokens after one node, with the scores of the paths to them.
 
@@ -65,7 +62,6 @@ def _children(
     best lies, and in all but made-up rows only a few more than `width` logits reach it: these are put aside, and
     searched instead of the row.
     """
-    join(CHAINED)
     if tl.load(state) > 0:
         row, index = tl.program_id(0), tl.arange(0, CHUNK)
         at = logits + row.to(tl.int64) * stride
@@ -147,13 +143,12 @@ def _level(
     child_tokens, child_scores, level_tokens, below, above, tokens, parents, scores, words, state,
     level, wide, width, nodes, threshold, floor,
     KEPT: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr,
-    LANES: tl.constexpr, CHAINED: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on.
 
     Once the stop rule has spoken, a level's slots hold paths of probability 0, and nothing else changes.
     """
-    join(CHAINED)
     lane, first = tl.arange(0, LANES), level * width  # of this level's slots among all levels'
     is_lane = lane < width
     if tl.load(state) <= 0:
@@ -199,10 +194,8 @@ def _tree(
     root, tokens, parents, scores, words, kept, order, tree_tokens, tree_parents, tree_depth, tree_used, tree_words,
     candidates, width, slots,
     WORDS: tl.constexpr, TREE_WORDS: tl.constexpr, ALL: tl.constexpr, SLOTS: tl.constexpr,
-    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The `slots` best of root and candidates, in order; candidate c is node c + 1 of all, the root node 0."""
-    join(CHAINED)
     node = tl.arange(0, ALL)
     is_node = node <= candidates
     score = tl.load(scores + node - 1, is_node & (node > 0), float("-inf"))
@@ -241,10 +234,9 @@ def _tree(
 @triton.jit
 def _accept(
     tokens, parents, used, words, chosen, path, emitted, count, newest, start, length, slots,
-    WORDS: tl.constexpr, SLOTS: tl.constexpr, CHAINED: tl.constexpr,
+    WORDS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Follow the target's choices down the tree; `start` gets the old length, `length` the new one."""
-    join(CHAINED)
     slot = tl.arange(0, SLOTS)
     is_slot = slot < slots
     parent = tl.load(parents + slot, is_slot, -1)
@@ -271,10 +263,9 @@ def _accept(
 @triton.jit
 def _compact(
     keys, values, path, count, start, layer_stride, head_stride, row_stride,
-    PATH: tl.constexpr, DIM: tl.constexpr, CHAINED: tl.constexpr,
+    PATH: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Move one head's rows `path` to the front of the scratch; all are read before one is written."""
-    join(CHAINED)
     base = tl.program_id(0).to(tl.int64) * layer_stride + tl.program_id(1).to(tl.int64) * head_stride
     step, dim = tl.arange(0, PATH), tl.arange(0, DIM)
     moves = step < tl.load(count)
@@ -297,7 +288,7 @@ class TreeBuffers:
     """
 
     def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
-        self._config, self._vocab_size, self._options = config, vocab_size, chain.options(device)
+        self._config, self._vocab_size = config, vocab_size
         self._floor = math.log(config.min_probability) if config.min_probability else -math.inf
         self.width = width = min(config.nodes, vocab_size)
         every = width * config.max_depth
@@ -341,7 +332,7 @@ class TreeBuffers:
             logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
             self.child_scores, self.state, vocab, logits.stride(0), self.width, NAMED=names is not None,
             KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
-            BITS=BITS[logits.dtype], num_warps=16, **self._options,
+            BITS=BITS[logits.dtype], num_warps=16,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](
@@ -351,7 +342,6 @@ class TreeBuffers:
             KEPT=self.kept_per_row, WORDS=words, PADDED=triton.next_power_of_2(words),
             SIZE=triton.next_power_of_2(self.width * wide),
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
-            **self._options,
         )  # fmt: skip
 
     def finish(self, root: Tensor) -> None:
@@ -361,7 +351,7 @@ class TreeBuffers:
             root, self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.kept, self.order,
             self.tokens, self.parents, self.depth, self.used, self.words, every, self.width, self.slots,
             WORDS=self.all_words.shape[1], TREE_WORDS=self.words.shape[1], ALL=triton.next_power_of_2(every + 1),
-            SLOTS=triton.next_power_of_2(self.slots), num_warps=4, **self._options,
+            SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
         )  # fmt: skip
 
     def accept(self, chosen: Tensor, length: Tensor) -> None:
@@ -369,7 +359,7 @@ class TreeBuffers:
         _accept[(1,)](
             self.tokens, self.parents, self.used, self.words, chosen, self.path, self.emitted, self.count,
             self.newest, self.start, length, self.slots,
-            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1, **self._options,
+            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
         )  # fmt: skip
 
     def compact(self, keys: Tensor, values: Tensor) -> None:
@@ -378,5 +368,5 @@ class TreeBuffers:
         assert keys.stride() == values.stride()
         _compact[(layers, heads)](
             keys, values, self.path, self.count, self.start, keys.stride(0), keys.stride(1), keys.stride(2),
-            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2, **self._options,
+            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2,
         )  # fmt: skip

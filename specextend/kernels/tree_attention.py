@@ -5,9 +5,9 @@ T queries see the whole prefix and, of the slots behind it, their own ancestors:
            prefix 0 .. N-1          slots N .. N+K-1
     query  1 1 1 1 1 1 ... 1 1 1    bit (query, slot) of the mask
 
-The prefix is split over programs, each of which reads its keys and values once for all queries of a KV head: the query
-heads that share it are stacked into the rows of one tile. The last split adds the slots. A small second kernel merges
-the splits. N is read from device memory, so that one captured launch serves every length.
+Prefix and slots are split over programs, each of which reads its keys and values once for all queries of a KV head: the
+query heads that share it are stacked into the rows of one tile. A small second kernel merges the splits. N is read from
+device memory, so that one captured launch serves every length.
 
 The definition, and the oracle of the tests, is `attention.HybridAttention(fused=False)`.
 """
@@ -21,9 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.kernels import chain
-from specextend.kernels.chain import LINE, ask, join
-
 LOG2E = 1.4426950408889634
 WORD = 32  # mask bits per word
 
@@ -33,17 +30,15 @@ class Launch:
     """How the first kernel is launched.
 
     Args:
-        splits: programs that share the prefix of a KV head.
+        splits: programs that share the keys of a KV head.
         keys: keys per tile.
         warps, stages: of a program.
-        ahead: tiles asked for before the launch before has ended, where launches are chained.
     """
 
     splits: int
     keys: int = 64
     warps: int = 4
     stages: int = 3
-    ahead: int = 0
 
 
 def launch_for(device: torch.device, kv_heads: int, rows: int) -> Launch:
@@ -102,18 +97,18 @@ def tree_attention(
     workspace = workspace or Workspace(heads, queries, dim, launch.splits, query.device)
     output = query.new_empty(queries, heads, dim)
     lse = torch.empty(heads, queries, dtype=torch.float32, device=query.device)
-    gated, gate, options = alive is not None, alive if alive is not None else lse, chain.options(query.device)
+    gated, gate = alive is not None, alive if alive is not None else lse
     _split[(launch.splits, kv_heads, triton.cdiv(groups * queries, rows))](
         query, keys, values, length, mask, gate, workspace.output, workspace.lse,
         scaling * LOG2E, queries, slots, heads,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         mask.stride(0),
-        GATED=gated, GROUPS=groups, SPLITS=launch.splits, ROWS=rows, KEYS=launch.keys, DIM=dim, AHEAD=launch.ahead,
-        num_warps=launch.warps, num_stages=launch.stages, **options,
+        GATED=gated, GROUPS=groups, SPLITS=launch.splits, ROWS=rows, KEYS=launch.keys, DIM=dim,
+        num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     _merge[(heads * queries,)](
         workspace.output, workspace.lse, output, lse, gate, heads, queries, GATED=gated,
-        SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1, **options,
+        SPLITS=launch.splits, PADDED=triton.next_power_of_2(launch.splits), DIM=dim, num_warps=1,
     )  # fmt: skip
     return output.transpose(0, 1), lse
 
@@ -124,9 +119,9 @@ def _split(
     scale, queries, slots, heads,
     query_head, query_row, key_head, key_row, value_head, value_row, mask_row,
     GATED: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    DIM: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
-    """One split of the prefix, and for the last split the slots, for one tile of the stacked queries of a KV head."""
+    """One split of prefix and slots for one tile of the stacked queries of a KV head."""
     split, kv_head = tl.program_id(0), tl.program_id(1)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # row g * T + t is query t of the g-th head of the group
     is_row = row < GROUPS * queries
@@ -134,15 +129,6 @@ def _split(
     dim, offset = tl.arange(0, DIM), tl.arange(0, KEYS)
     keys += kv_head.to(tl.int64) * key_head
     values += kv_head.to(tl.int64) * value_head
-    if CHAINED and AHEAD and DIM >= LINE:
-        # the prefix is older than the launch before; its length may not be, and is read again
-        known = tl.load(length, volatile=True).to(tl.int32)
-        early = split * tl.cdiv(tl.cdiv(known, SPLITS), KEYS) * KEYS + tl.arange(0, AHEAD * KEYS)
-        early = tl.where(early < known, early, 0)[:, None]
-        line = tl.arange(0, DIM // LINE)[None, :] * LINE
-        ask(keys + early * key_row + line)
-        ask(values + early * value_row + line)
-    join(CHAINED)
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
         if tl.load(alive) <= 0:
             return
@@ -153,34 +139,25 @@ def _split(
     output = tl.zeros([ROWS, DIM], tl.float32)
 
     prefix = tl.load(length).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(prefix, SPLITS), KEYS) * KEYS
-    end = tl.minimum(split * share + share, prefix)
-    whole = split * share + tl.maximum(end - split * share, 0) // KEYS * KEYS
-    for start in range(split * share, whole, KEYS):
+    share = tl.cdiv(tl.cdiv(prefix + slots, SPLITS), KEYS) * KEYS
+    begin, end = split * share, tl.minimum(split * share + share, prefix + slots)
+    whole = tl.maximum(begin, tl.minimum(end, prefix) // KEYS * KEYS)  # tiles before it lie in the prefix
+    for start in range(begin, whole, KEYS):
         at = start + offset
         k = tl.load(keys + at[:, None] * key_row + dim[None, :])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         v = tl.load(values + at[:, None] * value_row + dim[None, :])
         best, total, output = _absorb(scores, v, scale, best, total, output)
-    if whole < end:
-        at = whole + offset
-        k = tl.load(keys + at[:, None] * key_row + dim[None, :], (at < end)[:, None], 0.0)
-        scores = tl.where((at < end)[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
-        v = tl.load(values + at[:, None] * value_row + dim[None, :], (at < end)[:, None], 0.0)
+    for start in range(whole, end, KEYS):
+        at = start + offset
+        slot = at - prefix
+        is_slot = (slot >= 0) & (slot < slots)
+        word = tl.load(mask + node[:, None] * mask_row + (slot // 32)[None, :], is_row[:, None] & is_slot[None, :], 0)
+        visible = (slot < 0)[None, :] | (((word >> (slot % 32)[None, :]) & 1) == 1)
+        k = tl.load(keys + at[:, None] * key_row + dim[None, :], (slot < slots)[:, None], 0.0)
+        scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        v = tl.load(values + at[:, None] * value_row + dim[None, :], (slot < slots)[:, None], 0.0)
         best, total, output = _absorb(scores, v, scale, best, total, output)
-    if split == SPLITS - 1:
-        for start in range(0, slots, KEYS):
-            slot = start + offset
-            is_slot = slot < slots
-            word = tl.load(
-                mask + node[:, None] * mask_row + (slot // 32)[None, :], is_row[:, None] & is_slot[None, :], 0
-            )
-            visible = ((word >> (slot % 32)[None, :]) & 1) == 1
-            at = prefix + slot
-            k = tl.load(keys + at[:, None] * key_row + dim[None, :], is_slot[:, None], 0.0)
-            scores = tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
-            v = tl.load(values + at[:, None] * value_row + dim[None, :], is_slot[:, None], 0.0)
-            best, total, output = _absorb(scores, v, scale, best, total, output)
 
     place = split * heads * queries + head * queries + node
     seen = total > 0
@@ -203,10 +180,9 @@ def _absorb(scores, v, scale, best, total, output):
 @triton.jit
 def _merge(
     partial, partial_lse, output, lse, alive, heads, queries,
-    GATED: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, CHAINED: tl.constexpr,
+    GATED: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One softmax out of the splits' for one query of one head."""
-    join(CHAINED)
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
         if tl.load(alive) <= 0:
             return
