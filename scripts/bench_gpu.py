@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gpu_figures import summary
+from gpu_figures import CAPTURED, EAGER, SPECEXTEND, STANDARD, summary
 
 from eagle.drafter import EagleDrafter
 from eagle.models import RETRIEVAL
@@ -43,7 +43,7 @@ from specextend.kernels.tree import TreeBuffers
 from specextend.models import LoadedModels, load_models
 from specextend.widen import SHAPES, Shape, widen
 
-PARTS = ("bandwidth", "kernels", "prefill", "stages", "decode", "eagle", "trace", "long")
+PARTS = ("bandwidth", "kernels", "stages", "prefill", "trace", "decode", "eagle", "long")
 REPEATS = 20
 SHAPE, DRAFT_SHAPE, LONG_SHAPE = SHAPES["vicuna_7b"], SHAPES["vicuna_68m"], SHAPES["llama31_8b"]
 SLOTS = TreeConfig(nodes=63, threshold=0.0)  # 64 with the root, and always ten levels
@@ -224,34 +224,41 @@ class Bench:
     def decode(self) -> list[dict]:
         """Real prompts beside our captured autoregressive decoding; standard is captured and fused like SpecExtend."""
         standard = SpecExtendConfig(flash_prefill=True, hybrid_tree_attention=True, tree=TreeConfig())
-        engines = {"specextend": self.engine, "standard captured": self.engine.with_config(standard)}
-        return self.decode_all(engines, self.args.lengths, self.args.samples)
+        engines = {SPECEXTEND: self.engine, STANDARD: self.engine.with_config(standard)}
+        return self.decode_all(engines, self.args.lengths, self.args.samples, self.args.decode_seconds)
 
-    def decode_all(self, engines: dict[str, SpecExtend], lengths: list[int], samples: int) -> list[dict]:
-        """Every prompt at every temperature, until the time for it is over."""
+    def decode_all(
+        self, engines: dict[str, SpecExtend], lengths: list[int], samples: int, seconds: float
+    ) -> list[dict]:  # fmt: skip
+        """The first prompt of every length at every temperature, then the second, until the time is over."""
         rows, began = [], time.monotonic()
-        for temperature in self.args.temperatures:
-            for prompt in self.prompts(lengths, samples):
-                if time.monotonic() - began > self.args.decode_seconds:
-                    self.note(f"decode stops after {self.args.decode_seconds:.0f}s, {len(rows)} rows")
-                    return rows
-                rows += self.decode_one(engines, temperature, *prompt)
+        for sample in range(samples):
+            for temperature in self.args.temperatures:
+                for prompt in self.prompts(lengths, sample):
+                    if time.monotonic() - began > seconds:
+                        self.note(f"decode stops after {seconds:.0f}s, {len(rows)} rows")
+                        return rows
+                    rows += self.decode_one(engines, temperature, *prompt)
+                    if not sample and not temperature:
+                        rows.append(
+                            self.about(temperature, *prompt) | {"method": EAGER} | self.hugging_face(prompt[2], 12)
+                        )
         return rows
 
     def decode_one(
         self, engines: dict[str, SpecExtend], temperature: float, name: str, length: int, ids: Tensor
     ) -> Iterator[dict]:
-        sampling = SamplingConfig(temperature=temperature)
+        sampling, about = SamplingConfig(temperature=temperature), self.about(temperature, name, length, ids)
         alone = self.engine.autoregressive(ids, self.args.new_tokens, sampling=sampling)
-        about = {"data": name, "tokens": length, "temperature": temperature, "prompt_tokens": len(ids)}
-        yield about | self.row("autoregressive captured", alone)
+        yield about | self.row(CAPTURED, alone)
         for method, engine in engines.items():
             generation = engine.generate(ids, self.args.new_tokens, sampling=sampling)
-            row = about | self.row(method, generation)
             part = first_difference(generation.token_ids, alone.token_ids)
-            yield row | {"first_difference": part, "gap": self.gap(ids, alone.token_ids, part, sampling)}
-        if not temperature:
-            yield about | {"method": "autoregressive Hugging Face"} | self.hugging_face(ids, 12)
+            gap = self.gap(ids, alone.token_ids, part, sampling)
+            yield about | self.row(method, generation) | {"first_difference": part, "gap": gap}
+
+    def about(self, temperature: float, name: str, length: int, ids: Tensor) -> dict:
+        return {"data": name, "tokens": length, "temperature": temperature, "prompt_tokens": len(ids)}
 
     def eagle(self) -> list[dict]:
         """Stages and decoding with the EAGLE heads in their 7B shapes."""
@@ -268,7 +275,7 @@ class Bench:
             engine = engine.with_config(replace(engine.config, tree=TreeConfig()))
             standard = engine.with_config(replace(engine.config, draft_cache="full"))
             engines = {head: engine, f"{head} standard": standard}
-            rows[-1]["decode"] = self.decode_all(engines, self.args.lengths[1::2], 1)
+            rows[-1]["decode"] = self.decode_all(engines, self.args.lengths[1::2], 1, self.args.decode_seconds / 5)
         return rows
 
     def trace(self) -> dict:
@@ -338,14 +345,13 @@ class Bench:
         """The first `length` tokens of the longest texts at hand, repeated if they are too short."""
         return self.text.repeat(-(-length // len(self.text)))[:length]
 
-    def prompts(self, lengths: list[int], samples: int) -> Iterator[tuple[str, int, Tensor]]:
-        """(data set, nominal length, ids) of the prompts to decode, one of each length first."""
-        for sample in range(samples):
-            for folder in self.args.data_dir:
-                for length in lengths:
-                    prompt = read_prompts(find_buckets(folder)[bucket(length)], limit=sample + 1)[-1]
-                    yield folder.name, length, self.engine.encode(prompt.text)[:length]
-        if not self.args.data_dir:
+    def prompts(self, lengths: list[int], sample: int) -> Iterator[tuple[str, int, Tensor]]:
+        """(data set, nominal length, ids) of prompt number `sample` of every data set and length."""
+        for folder in self.args.data_dir:
+            for length in lengths:
+                prompt = read_prompts(find_buckets(folder)[bucket(length)], limit=sample + 1)[-1]
+                yield folder.name, length, self.engine.encode(prompt.text)[:length]
+        if not self.args.data_dir and not sample:
             yield from (("built-in", length, self.prompt(length)) for length in lengths)
 
     def row(self, method: str, generation) -> dict:

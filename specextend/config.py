@@ -151,4 +151,4 @@ def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:
     """Tokens per prefill block; None runs the whole prompt at once."""
     if not config.flash_prefill:
         return None
-    return config.prefill_block or (16384 if device.type == "cuda" else 1024)
+    return config.prefill_block or (8192 if device.type == "cuda" else 1024)

@@ -332,7 +332,7 @@ class TreeBuffers:
             logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
             self.child_scores, self.state, vocab, logits.stride(0), self.width, NAMED=names is not None,
             KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
-            BITS=BITS[logits.dtype], num_warps=16,
+            BITS=BITS[logits.dtype], num_warps=8,
         )  # fmt: skip
         words = self.all_words.shape[1]
         _level[(1,)](
