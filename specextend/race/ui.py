@@ -108,7 +108,7 @@ def build(arena: Arena) -> gr.Blocks:
     engine = arena.track.engine
     with gr.Blocks(title="SpecExtend: a race", analytics_enabled=False) as page:
         gr.HTML(_introduction(engine.models.name, str(engine.models.draft_id), str(engine.models.device)))
-        with gr.Row():
+        with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=280):
                 document = gr.Radio([BUILTIN, UPLOAD], value=BUILTIN, label="Document")
                 upload = gr.File(
@@ -126,8 +126,8 @@ def build(arena: Arena) -> gr.Blocks:
                 temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature")
         with gr.Row(elem_classes="actions"):
             start = gr.Button("Start the race", variant="primary", scale=0, min_width=170, elem_id="start")
-            cancel = gr.Button("Cancel", scale=0, min_width=110, interactive=False, elem_id="cancel")
-            download = gr.DownloadButton("Save the replay", scale=0, min_width=160, visible=False, elem_id="save")
+            cancel = gr.Button("Cancel", scale=0, min_width=120, interactive=False, elem_id="cancel")
+            download = gr.DownloadButton("Save the replay", scale=0, min_width=190, visible=False, elem_id="save")
         status = gr.HTML(elem_id="race-status")
         replay = gr.HTML(elem_id="replay")
 
@@ -163,6 +163,9 @@ def build(arena: Arena) -> gr.Blocks:
             arena.stop(request.session_hash)
             return {status: _note("The race was cancelled."), cancel: gr.Button(interactive=False)}
 
+        def leave(request: gr.Request) -> None:
+            arena.stop(request.session_hash)
+
         options = {"show_progress": "hidden", "api_visibility": "private"}
         document.change(lambda choice: gr.File(visible=choice == UPLOAD), document, upload, **options)
         outputs = [status, replay, download, cancel]
@@ -170,7 +173,7 @@ def build(arena: Arena) -> gr.Blocks:
             run, [document, upload, length, new_tokens, temperature], outputs, concurrency_limit=1, **options
         )
         cancel.click(end, outputs=[status, cancel], queue=False, cancels=[running], **options)
-        page.unload(lambda request: arena.stop(request.session_hash))
+        page.unload(leave)
     return page.queue(max_size=16)
 
 
@@ -191,17 +194,17 @@ def _introduction(model: str, draft: str, device: str) -> str:
         '<div class="introduction"><h1>SpecExtend: a race</h1><p>The same prompt, decoded three times, one after the '
         "other: by the target model alone, by standard speculative decoding, and by SpecExtend. Then the three are "
         "replayed side by side, as fast as they were. The texts are the same, token for token; only the time differs."
-        f'</p><p class="quiet">{html.escape(model)} with {html.escape(draft)} as draft, on {html.escape(device)}</p></div>'
+        f'</p><p class="quiet">{html.escape(f"{model} with {draft} as draft, on {device}")}</p></div>'
     )
 
 
 def _progress(progress: Progress) -> str:
-    what = html.escape(progress.label)
-    if progress.tokens is None:
-        return f'<div class="line"><b>{what}</b><span>reading the prompt</span><progress aria-label="{what}"></progress></div>'
+    done, part = "reading", 0.0
+    if progress.tokens is not None:
+        done, part = f"{progress.tokens} of {progress.max_new_tokens} tokens", progress.tokens / progress.max_new_tokens
     return (
-        f'<div class="line"><b>{what}</b><span>{progress.tokens} of {progress.max_new_tokens} tokens</span>'
-        f'<progress aria-label="{what}" value="{progress.tokens}" max="{progress.max_new_tokens}"></progress></div>'
+        f'<div class="line"><b>{html.escape(progress.label)}</b><span>{done}</span>'
+        f'<div class="track"><i style="width: {100 * part:.0f}%"></i></div></div>'
     )
 
 
@@ -214,8 +217,28 @@ def _error(error: SpecExtendError) -> str:
 
 
 def _theme() -> gr.themes.Base:
-    """Quiet, in the system's own fonts: nothing is fetched from elsewhere."""
-    return gr.themes.Base(
-        primary_hue="slate", neutral_hue="slate", font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"], radius_size="sm",
-    )  # fmt: skip
+    """Quiet, in the replay's colours and the system's own fonts: nothing is fetched from elsewhere."""
+    theme = gr.themes.Base(
+        neutral_hue="gray", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], radius_size="md"
+    )
+    light = {"paper": "#ffffff", "panel": "#f7f8f9", "ink": "#1b1f24", "muted": "#57606a", "rule": "#d5dae0"}
+    light |= {"idle": "#dfe3e8", "accent": "#00568f"}
+    dark = {"paper": "#14171a", "panel": "#1b1f23", "ink": "#e4e7ea", "muted": "#9ea7b1", "rule": "#363c43"}
+    dark |= {"idle": "#2c3238", "accent": "#7fc4f3"}
+    parts = {
+        "body_background_fill": "paper", "body_text_color": "ink", "block_background_fill": "panel",
+        "block_border_color": "rule", "block_label_text_color": "muted", "block_title_text_color": "muted",
+        "block_info_text_color": "muted", "border_color_primary": "rule", "input_background_fill": "paper",
+        "input_border_color": "rule", "checkbox_label_background_fill": "paper",
+        "checkbox_label_background_fill_hover": "idle", "checkbox_label_background_fill_selected": "idle",
+        "checkbox_label_border_color": "rule", "checkbox_label_text_color": "ink",
+        "checkbox_label_text_color_selected": "ink", "checkbox_background_color": "paper",
+        "checkbox_background_color_selected": "accent", "checkbox_border_color": "muted", "slider_color": "accent",
+        "button_primary_background_fill": "ink", "button_primary_background_fill_hover": "ink",
+        "button_primary_text_color": "paper", "button_primary_text_color_hover": "paper",
+        "button_secondary_background_fill": "paper", "button_secondary_background_fill_hover": "idle",
+        "button_secondary_text_color": "ink", "button_secondary_border_color": "rule",
+    }  # fmt: skip
+    colours = {part: light[name] for part, name in parts.items()}
+    colours |= {f"{part}_dark": dark[name] for part, name in parts.items()}
+    return theme.set(**colours, checkbox_label_border_width="1px", button_border_width="1px")
