@@ -49,7 +49,7 @@ def _read_pdf(path: Path, characters: int) -> str:
     if importlib.util.find_spec("pypdf") is None:
         raise InputError("reading a PDF needs pypdf: pip install pypdf, or save the document as .txt")
     from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
+    from pypdf.errors import DependencyError, PyPdfError
 
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # of a sloppy PDF it says a line per object
     pages: list[str] = []
@@ -61,6 +61,8 @@ def _read_pdf(path: Path, characters: int) -> str:
             pages.append(page.extract_text())
             if sum(map(len, pages)) >= characters:
                 break
+    except DependencyError as error:
+        raise InputError(f"{path.name} is encrypted; reading it needs: pip install cryptography") from error
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         # pypdf meets a damaged file with any of these
         raise InputError(

@@ -26,13 +26,15 @@ CPU_LENGTH = 8192  # beyond it, standard decoding's dense prefill takes minutes 
 NEW_TOKENS = (16, 512)
 LOOK_S = 0.25  # between two looks at a running race
 STYLE = Path(__file__).with_name("page.css")
-# The replay tells its height and is told whether the page is dark.
+# The replay tells its height and is told whether the page is dark; when it is new, it is brought into sight.
 SCRIPT = """
 <script>
 addEventListener("message", (event) => {
   const frame = [...document.querySelectorAll("iframe.replay")].find((one) => one.contentWindow === event.source);
   if (!frame || event.data?.race !== "height") return;
   frame.style.height = `${Math.min(Number(event.data.height) || 0, 20000) + 2}px`;
+  if (!frame.dataset.seen) frame.scrollIntoView({ block: "start" });
+  frame.dataset.seen = true;
   const theme = document.body.classList.contains("dark") ? "dark" : "light";
   event.source.postMessage({ theme }, "*");
 });
