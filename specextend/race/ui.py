@@ -44,6 +44,8 @@ addEventListener("message", (event) => {
 
 def serve(track: Racetrack, host: str, port: int) -> None:
     """Show the page until it is interrupted."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port is {port}; it must lie in 1 .. 65535")
     with tempfile.TemporaryDirectory() as folder:
         try:
             build(Arena(track, Path(folder))).launch(
