@@ -63,6 +63,7 @@ class Scripts(HTMLParser):
 def test_page_holds_the_record_and_no_markup_of_it(race):
     page = Scripts(replay_page(race))
     data, program = page.scripts
+    assert not set("<>&") & set(data), "nothing in it can end the element, or open a comment"
     assert json.loads(data) == json.loads(json.dumps(race.to_dict()))
     assert "innerHTML" not in program and "b" not in page.tags and "i" not in page.tags
     assert not re.search(r"(src|href)=|https?://(?!www\.w3\.org/2000/svg)", replay_page(race)), "it asks for nothing"
@@ -94,6 +95,14 @@ def test_animation_shows_every_character_of_every_lane_where_it_belongs(race):
                 grid[run.line, run.column + index] = character
         shown = "".join(grid[place] for place in sorted(grid))
         assert shown.replace(" ", "") == re.sub(r"[ \n]", "", f"… {race.prompt_end}{one.text}")
+
+
+def test_animation_breaks_lines_at_spaces_and_long_words_where_they_must():
+    steps = [Step(0.0, ["aaa bbb"], 0), Step(1.0, [" ccc ", "dddddddddd\n", "  e"], 2)]
+    placed = {(run.line, run.column): run.text for run in runs(lane("specextend", steps), "", 7)}
+    assert placed == {
+        (0, 0): "…", (0, 2): "aaa", (1, 0): "bbb", (1, 4): "ccc", (2, 0): "ddddddd", (3, 0): "ddd", (4, 2): "e",
+    }  # fmt: skip
 
 
 def test_animation_shows_each_step_at_its_time(race):
