@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.parser("Record a race on the built-in text and draw it as an animated SVG.")
     cli.add_model_flags(parser)
     parser.add_argument("--input_len", type=int, default=4096, help="prompt tokens")
-    parser.add_argument("--max_gen_len", "-max", type=int, default=100, help="new tokens")
+    parser.add_argument("--max_gen_len", "-max", type=int, default=128, help="new tokens")
     parser.add_argument("--races", "-r", type=int, default=5, help="the one with the median time is kept")
     parser.add_argument("--hold", type=float, default=4.0, help="seconds that the end is shown before it starts again")
     parser.add_argument("--output_file", type=Path, default=Path("results/cpu/race.json"))

@@ -245,4 +245,5 @@ def _theme() -> gr.themes.Base:
     }  # fmt: skip
     colours = {part: light[name] for part, name in parts.items()}
     colours |= {f"{part}_dark": dark[name] for part, name in parts.items()}
-    return theme.set(**colours, checkbox_label_border_width="1px", button_border_width="1px")
+    lines = {f"{part}_border_width{mode}": "1px" for part in ("checkbox_label", "button") for mode in ("", "_dark")}
+    return theme.set(**colours, **lines)
