@@ -247,7 +247,8 @@ def _foot(race: Race, height: float, clock: Clock) -> Iterator[str]:
     places = [left + span * lane.total_s / clock.race_s for lane in ends]
     for lane, x in zip(ends, places, strict=True):
         crowded = bisect_right(places, x + 150) - 1 > places.index(x)  # another ends soon after
-        anchor, shift = ("end", -6) if crowded or x > right - 170 else ("start", 6)
+        before = x > right - 170 or (crowded and x > left + 150)
+        anchor, shift = ("end", -6) if before else ("start", 6)
         yield (
             f'<g class="{clock.from_(lane.total_s)}"><circle cx="{x:.1f}" cy="{y}" r="4" fill="var(--ink)"/>'
             f'<text x="{x + shift:.1f}" y="{y - 10}" text-anchor="{anchor}">{escape(lane.label)} '

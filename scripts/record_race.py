@@ -18,7 +18,7 @@ from race_svg import race_svg
 from records import model_setting
 
 from specextend import SpecExtend, cli
-from specextend.bench import environment, write_json
+from specextend.bench import environment
 from specextend.entry import load_pair
 from specextend.errors import ConfigError, InputError
 from specextend.race.documents import read_prompt
@@ -67,8 +67,8 @@ def record(args: argparse.Namespace) -> None:
     setting = model_setting(engine)
     median = replace(median, model=setting["model"], draft=setting["draft"])
     args.output_file.parent.mkdir(parents=True, exist_ok=True)
-    content = {"setting": setting | {"races_total_s": totals}, "environment": environment(), "race": median.to_dict()}
-    write_json(args.output_file, content)
+    content = {"setting": setting, "races_total_s": totals, "environment": environment(), "race": median.to_dict()}
+    args.output_file.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
