@@ -115,10 +115,6 @@ def build(arena: Arena) -> gr.Blocks:
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=280):
                 document = gr.Radio([BUILTIN, UPLOAD], value=BUILTIN, label="Document")
-                upload = gr.File(
-                    label=f"{', '.join(SUFFIXES)}, at most {MAX_BYTES // 2**20} MB", file_types=list(SUFFIXES),
-                    type="filepath", visible=False, height=120,
-                )  # fmt: skip
             with gr.Column(scale=3, min_width=280):
                 choices = lengths(engine.limit, engine.models.device.type)
                 length = gr.Radio(
@@ -128,6 +124,10 @@ def build(arena: Arena) -> gr.Blocks:
                 new_tokens = gr.Slider(*NEW_TOKENS, value=128, step=16, label="New tokens")
             with gr.Column(scale=2, min_width=220):
                 temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature")
+        upload = gr.File(
+            label=f"{', '.join(SUFFIXES)}, at most {MAX_BYTES // 2**20} MB", file_types=list(SUFFIXES),
+            type="filepath", visible=False, height=150, elem_id="upload",
+        )  # fmt: skip
         with gr.Row(elem_classes="actions"):
             start = gr.Button("Start the race", variant="primary", scale=0, min_width=170, elem_id="start")
             cancel = gr.Button("Cancel", scale=0, min_width=120, interactive=False, elem_id="cancel")
