@@ -33,7 +33,7 @@ addEventListener("message", (event) => {
   const frame = [...document.querySelectorAll("iframe.replay")].find((one) => one.contentWindow === event.source);
   if (!frame || event.data?.race !== "height") return;
   frame.style.height = `${Math.min(Number(event.data.height) || 0, 20000) + 2}px`;
-  if (!frame.dataset.seen) frame.scrollIntoView({ block: "start" });
+  if (!frame.dataset.seen) frame.scrollIntoView({ block: "start", behavior: "instant" });
   frame.dataset.seen = true;
   const theme = document.body.classList.contains("dark") ? "dark" : "light";
   event.source.postMessage({ theme }, "*");
