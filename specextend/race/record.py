@@ -1,0 +1,266 @@
+"""Running a race and what is kept of it: every token with its origin and its time, and the chunks the draft read.
+
+The lanes take turns, never at the same time, on engines that share models and memory. Times are the engine's own clock
+(the sums of its stages), which is what every table of this project reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specextend.bench import first_difference
+from specextend.config import SamplingConfig, SpecExtendConfig
+from specextend.engine import GREEDY, SpecExtend
+from specextend.errors import ModelError
+from specextend.generate import Generation, Output, Round
+from specextend.prompts import EncodedPrompt
+from specextend.retrieval import Retriever, num_chunks
+from specextend.text import TextStream
+
+WARM_UP_PROMPT, WARM_UP_TOKENS = 256, 12
+PROMPT_END = 24  # tokens of the prompt that are kept to be shown
+LABELS = {"autoregressive": "Autoregressive", "standard": "Standard speculative", "specextend": "SpecExtend"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came at one moment: the prefill's token, then a round's.
+
+    Args:
+        at_s: seconds since the start, prefill included.
+        pieces: text of each token, accepted draft tokens first; "" for one that ends inside a character, whose text
+            comes with the token that completes it.
+        accepted: draft tokens among them; the others are the target's own.
+    """
+
+    at_s: float
+    pieces: list[str]
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One method's run: `steps[0]` is the prefill's token."""
+
+    method: str
+    label: str
+    token_ids: list[int]
+    steps: list[Step]
+    accepted_per_round: float
+    decode_tokens_per_s: float
+    total_s: float
+    finish_reason: str
+
+    @property
+    def text(self) -> str:
+        return "".join(piece for step in self.steps for piece in step.pieces)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """From round `round` (0 is the first after the prefill) the draft reads these `chunks` of the context's `of`."""
+
+    round: int
+    chunks: list[int]
+    of: int
+
+
+@dataclass(frozen=True)
+class Race:
+    """A finished race.
+
+    Args:
+        source: where the prompt came from, for people.
+        original_tokens: of the document before it was cut to `prompt_tokens`.
+        prompt_end: the prompt's last words, which the texts continue.
+        selections: of SpecExtend's draft, one per refresh; empty where they could not be watched.
+        differs_at: first output position at which two lanes differ, None if all are the same.
+    """
+
+    source: str
+    model: str
+    draft: str
+    device: str
+    dtype: str
+    prompt_tokens: int
+    original_tokens: int
+    prompt_end: str
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    chunk_size: int
+    lanes: list[Lane]
+    selections: list[Selection]
+    differs_at: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Race:
+        lanes = [Lane(**lane | {"steps": [Step(**step) for step in lane["steps"]]}) for lane in content["lanes"]]
+        selections = [Selection(**selection) for selection in content["selections"]]
+        return cls(**content | {"lanes": lanes, "selections": selections})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a race is: `tokens` is None while the lane reads the prompt."""
+
+    label: str
+    tokens: int | None
+    max_new_tokens: int
+
+
+Report = Callable[[Progress], None]
+
+
+class Racetrack:
+    """The lanes over one pair of models.
+
+    Args:
+        engine: SpecExtend, as it shall race; standard decoding gets its tree.
+    """
+
+    def __init__(self, engine: SpecExtend):
+        if engine.models.draft is None:
+            raise ModelError(f"{engine.models.name} was loaded without a draft model; name one with --draft_model")
+        config = engine.config
+        standard = engine.with_config(SpecExtendConfig.standard(tree=config.tree, retrieval=config.retrieval))
+        self.engine = engine
+        self._lanes: dict[str, Callable[..., Generation]] = {
+            "autoregressive": engine.autoregressive,
+            "standard": standard.generate,
+            "specextend": engine.generate,
+        }
+        self._watched = WatchedSpecExtend(engine)
+
+    def run(
+        self, prompt: EncodedPrompt, new_tokens: int, sampling: SamplingConfig = GREEDY, report: Report | None = None
+    ) -> Race:
+        """Race on `prompt`; an exception out of `report`, called before each lane and after its rounds, ends it.
+
+        The chunks are watched in a run of their own, which is not timed and takes SpecExtend's time once more.
+        """
+        report = report or (lambda progress: None)
+        self._warm_up(prompt.ids, sampling, report)
+        results = {}
+        for method, generate in self._lanes.items():
+            tell = _teller(report, LABELS[method], new_tokens)
+            tell(None, None)
+            results[method] = generate(prompt.ids, new_tokens, sampling=sampling, on_round=tell)
+        tell = _teller(report, "Chunks the draft read", new_tokens)
+        tell(None, None)
+        seen = self._watched.generate(prompt.ids, new_tokens, sampling=sampling, on_round=tell)
+        models, config = self.engine.models, self.engine.config
+        return Race(
+            source=prompt.source,
+            model=models.name,
+            draft=str(models.draft_id),
+            device=models.device.type,
+            dtype=str(models.dtype).removeprefix("torch."),
+            prompt_tokens=len(prompt.ids),
+            original_tokens=prompt.original_tokens,
+            prompt_end=self._decode(prompt.ids[-PROMPT_END:].tolist()).lstrip("\ufffd"),
+            max_new_tokens=new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            chunk_size=config.retrieval.chunk_size,
+            lanes=[self._lane(method, result) for method, result in results.items()],
+            selections=self._watched.selections() if _same_rounds(seen, results["specextend"]) else [],
+            differs_at=differs_at([result.token_ids for result in results.values()]),
+        )
+
+    def _warm_up(self, ids: Tensor, sampling: SamplingConfig, report: Report) -> None:
+        """Let every lane run once in small: a first run pays for what later ones find ready."""
+        tell = _teller(report, "Warming up", WARM_UP_TOKENS)
+        for generate in self._lanes.values():
+            generate(ids[:WARM_UP_PROMPT], WARM_UP_TOKENS, sampling=sampling, on_round=tell)
+
+    def _lane(self, method: str, result: Generation) -> Lane:
+        return Lane(
+            method=method,
+            label=LABELS[method],
+            token_ids=result.token_ids,
+            steps=steps_of(result, self._decode),
+            accepted_per_round=result.accepted_per_round,
+            decode_tokens_per_s=result.decode_tokens_per_s,
+            total_s=result.total_s,
+            finish_reason=result.finish_reason,
+        )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.engine.models.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def steps_of(result: Generation, decode: Callable[[list[int]], str]) -> list[Step]:
+    """The rounds of a generation with the text of every token."""
+    stream, ids = TextStream(decode), result.token_ids
+    rounds = [(1, 0, result.ttft_s)]
+    rounds += [(len(one.tokens), one.accepted, sum(one.seconds.values())) for one in result.rounds]
+    steps, now, made = [], 0.0, 0
+    for count, accepted, seconds in rounds:
+        now += seconds
+        ends = range(made + 1, made + count + 1)
+        steps.append(Step(round(now, 6), [stream.push(ids[:end], last=end == len(ids)) for end in ends], accepted))
+        made += count
+    return steps
+
+
+def differs_at(outputs: Sequence[Sequence[int]]) -> int | None:
+    """First position at which any of `outputs` differs from the first, None if none does."""
+    found = [first_difference(outputs[0], other) for other in outputs[1:]]
+    return min((position for position in found if position is not None), default=None)
+
+
+class WatchedSpecExtend(SpecExtend):
+    """The same engine without captured graphs, whose draft's selections can be looked at."""
+
+    def __init__(self, engine: SpecExtend):
+        super().__init__(engine.models, engine.config, cache=engine._cache, eager=True)
+        self._retriever = self._recorder = RecordingRetriever(self._retriever)
+
+    def generate(self, *args, **options) -> Generation:
+        self._recorder.seen.clear()
+        return super().generate(*args, **options)
+
+    def selections(self) -> list[Selection]:
+        """What the draft read in the last generation."""
+        size = self.config.retrieval.chunk_size
+        return [
+            Selection(round_, torch.unique(positions // size).tolist(), num_chunks(length, size))
+            for round_, positions, length in self._recorder.seen
+        ]
+
+
+class RecordingRetriever:
+    """Another retriever, and what it chose: round, positions [m] and length of the context at each refresh."""
+
+    def __init__(self, inner: Retriever):
+        self._inner = inner
+        self.reads_attention, self.config = inner.reads_attention, inner.config
+        self.seen: list[tuple[int, Tensor, int]] = []
+        self._round = 0
+
+    def is_due(self, rounds: int) -> bool:
+        self._round = rounds
+        return self._inner.is_due(rounds)
+
+    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
+        positions = self._inner.select(attention, length)
+        self.seen.append((self._round, positions, length))
+        return positions
+
+
+def _same_rounds(left: Generation, right: Generation) -> bool:
+    """Whether two runs went alike: in half precision, captured and plain rounds may not."""
+    return [one.tokens for one in left.rounds] == [one.tokens for one in right.rounds]
+
+
+def _teller(report: Report, label: str, new_tokens: int) -> Callable[[Output | None, Round | None], None]:
+    return lambda output, _: report(Progress(label, output.new_tokens if output else None, new_tokens))
