@@ -1,7 +1,7 @@
 """Speed on a GPU at the cost of large models, without a download: results/<gpu>/bench.json, summary.json and a table.
 
     python scripts/bench_gpu.py --data_dir data/govreport data/pg19 --output results/h200
-    python scripts/bench_gpu.py --only stages --lengths 1000 16000
+    python scripts/bench_gpu.py --only stages --output results/h200     # takes one part anew, the others stay
 
 The bundled models are widened to the shapes of Vicuna-7B and Vicuna-68M (`specextend.widen`): their tokens, and so
 their acceptance, at the cost of the large models' weights. Everything runs in one process; medians after warm-up.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu_figures import CAPTURED, EAGER, SPECEXTEND, STANDARD, summary
 
 from eagle.drafter import EagleDrafter
-from eagle.models import RETRIEVAL
+from eagle.models import BUNDLED_RETRIEVAL, RETRIEVAL
 from eagle.models import load_models as load_eagle
 from eagle.widen import widen_head
 from specextend import SamplingConfig, SpecExtend, SpecExtendConfig
@@ -59,7 +60,7 @@ def main() -> None:
     bench = Bench(args)
     for part in args.only:
         began = time.monotonic()
-        bench.results[part] = getattr(bench, part)()
+        bench.results[part], bench.commands[part] = getattr(bench, part)(), shlex.join(sys.argv)
         bench.note(f"{part}: {time.monotonic() - began:.0f}s")
         bench.write()
     print(table(summary(bench.results)))
@@ -100,8 +101,10 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.dtype, self.device = args, getattr(torch, args.dtype), torch.device("cuda")
         self.results: dict[str, object] = {}
+        self.commands: dict[str, str] = {}  # by which each part was measured
         self.log: list[str] = []
         args.output.mkdir(parents=True, exist_ok=True)
+        self._go_on()
         began = time.monotonic()
         self.small = load_models("bundled", device="cuda", dtype="float32")
         self.models = self._widened()
@@ -110,6 +113,14 @@ class Bench:
         self.engine = SpecExtend(self.models, SpecExtendConfig.specextend(tree=TreeConfig()))
         texts = [read_prompts(list(find_buckets(folder).values())[-1], limit=2)[-1].text for folder in args.data_dir]
         self.text = self.engine.encode("\n".join(texts) or builtin_text())
+
+    def _go_on(self) -> None:
+        """Take over what an earlier run on this kind of GPU measured, to be replaced part by part."""
+        path = self.args.output / "bench.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if found.get("gpu") == torch.cuda.get_device_name():
+            self.results = {part: found[part] for part in PARTS if part in found}
+            self.commands = dict(found["commands"])
 
     def _widened(self) -> LoadedModels:
         options = {"dtype": self.dtype, "device": self.device}
@@ -127,8 +138,8 @@ class Bench:
 
     def write(self) -> None:
         record = {
-            "command": ["scripts/bench_gpu.py", *sys.argv[1:]], "environment": environment(),
-            "gpu": torch.cuda.get_device_name(), "shape": asdict(SHAPE), "dtype": self.args.dtype,
+            "commands": self.commands, "environment": environment(), "gpu": torch.cuda.get_device_name(),
+            "shape": asdict(SHAPE), "dtype": self.args.dtype,
             "pair": "bundled models widened without changing what they compute; no weights of that size were loaded",
             "log": self.log, **self.results,
         }  # fmt: skip
@@ -272,7 +283,8 @@ class Bench:
                 models, SpecExtendConfig.specextend(tree=SLOTS, retrieval=RETRIEVAL), cache=self.engine._cache
             )
             rows.append({"head": head, "stages": self.stages_at(engine, self.args.lengths[-1])})
-            engine = engine.with_config(replace(engine.config, tree=TreeConfig()))
+            # these heads have seen no more than 1,024 tokens
+            engine = engine.with_config(replace(engine.config, tree=TreeConfig(), retrieval=BUNDLED_RETRIEVAL))
             standard = engine.with_config(replace(engine.config, draft_cache="full"))
             engines = {head: engine, f"{head} standard": standard}
             rows[-1]["decode"] = self.decode_all(engines, self.args.lengths[1::2], 1, self.args.decode_seconds / 5)

@@ -45,7 +45,8 @@ def launch_for(device: torch.device, kv_heads: int, rows: int) -> Launch:
     """A launch that fills the multiprocessors: `rows` stacked queries for each of `kv_heads`; small tiles twice."""
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     programs *= 2 if rows <= 16 else 1
-    return Launch(splits=max(1, min(32, programs // (kv_heads * triton.cdiv(rows, 128)))))
+    splits = max(1, min(32, programs // (kv_heads * triton.cdiv(rows, 128))))
+    return Launch(splits, warps=8 if rows > 64 else 4)
 
 
 class Workspace:

@@ -247,9 +247,9 @@ class RecordingRetriever:
         self.seen: list[tuple[int, Tensor, int]] = []
         self._round = 0
 
-    def is_due(self, rounds: int) -> bool:
+    def is_due(self, rounds: int, length: int) -> bool:
         self._round = rounds
-        return self._inner.is_due(rounds)
+        return self._inner.is_due(rounds, length)
 
     def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
         positions = self._inner.select(attention, length)
