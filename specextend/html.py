@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from specextend.text import TextStream
@@ -41,13 +43,16 @@ def spans_by_origin(
     Args:
         token_ids: the prefill's token and those of all `rounds`.
     """
-    stream, end = TextStream(decode), 1
-    yield stream.push(token_ids[:end], last=not rounds), False
-    for index, one in enumerate(rounds, start=1):
-        for drafted, tokens in ((True, one.accepted), (False, len(one.tokens) - one.accepted)):
-            end += tokens
-            if tokens:
-                yield stream.push(token_ids[:end], last=index == len(rounds) and end == len(token_ids)), drafted
+    origins = [False]
+    for one in rounds:
+        origins += [True] * one.accepted + [False] * (len(one.tokens) - one.accepted)
+    stream, shown = TextStream(decode), []
+    for drafted, tokens in groupby(zip(origins, token_ids, strict=True), key=itemgetter(0)):
+        text = ""
+        for _, token in tokens:
+            shown.append(token)
+            text += stream.push(shown, last=len(shown) == len(token_ids))
+        yield text, drafted
 
 
 def cut(spans: Iterator[tuple[str, bool]], length: int) -> Iterator[tuple[str, bool]]:
