@@ -67,6 +67,7 @@ class Server(uvicorn.Server):
         deadline = self._loop.time() + self._grace_s
         while self._worker.busy and self._loop.time() < deadline and not self.should_exit:
             await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._worker.stop)  # what is still under way ends with an error of its own
         self.should_exit = True
 
 
