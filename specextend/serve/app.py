@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import torch
@@ -81,6 +82,7 @@ class Desk:
 
     def __init__(self, engine: SpecExtend, settings: Settings, worker: Worker):
         self._engine, self._settings, self._worker = engine, settings, worker
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: long texts queue instead of piling up
 
     def check_model(self, name: str) -> None:
         if name != self._settings.model_id:
@@ -92,7 +94,8 @@ class Desk:
     async def admit(self, model: str, prompt: str | list[int] | list[dict]) -> torch.Tensor:
         """The prompt's ids [N], once it is known to be one; long texts are tokenized beside the event loop."""
         self.check_model(model)
-        ids = await asyncio.to_thread(self._encode, prompt)
+        self._worker.require_room()  # before the work of tokenizing
+        ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._encode, prompt)
         most = self._settings.max_prompt_tokens
         if most and len(ids) > most:
             raise ApiError(

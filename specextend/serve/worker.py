@@ -79,17 +79,21 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job, or ApiError 429 where too many wait, 503 where the server is stopping."""
+        """Take a job, if there is room for it."""
         with self._changed:
-            if self._stopping:
-                raise _stopping()
-            if len(self._waiting) >= self._max_waiting:
-                raise ApiError(
-                    429, f"{self._max_waiting} requests are waiting already; try again later", code="queue_full",
-                    headers={"Retry-After": str(self._retry_after())},
-                )  # fmt: skip
+            self.require_room()
             self._waiting.append(job)
             self._changed.notify_all()
+
+    def require_room(self) -> None:
+        """ApiError 429 where too many wait, 503 where the server is stopping."""
+        if self._stopping:
+            raise _stopping()
+        if len(self._waiting) >= self._max_waiting:
+            raise ApiError(
+                429, f"{self._max_waiting} requests are waiting already; try again later", code="queue_full",
+                headers={"Retry-After": str(self._retry_after())},
+            )  # fmt: skip
 
     def cancel(self, job: Job, error: ApiError | None = None) -> None:
         """Give a job up: at once if it waits, at the end of its round if it runs; nothing if it is done."""
