@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import re
 import statistics
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
@@ -47,14 +49,17 @@ SOAK_TOKENS = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--soak", type=int, metavar="REQUESTS", help="soak test instead of the overhead")
+    parser.add_argument("--threads", type=int, help="of PyTorch on both sides; else its default")
     parser.add_argument("--output", type=Path, help="else under results/cpu/")
     args = parser.parse_args()
     if args.soak is not None and args.soak < EVERY:
         parser.error(f"--soak is {args.soak}; ask for at least {EVERY} requests")
     name = "server_overhead" if args.soak is None else "server_soak"
     output = args.output or ROOT / f"results/cpu/{name}.json"
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     engine = SpecExtend.from_pretrained("bundled", device="cpu")
-    with serving() as server:
+    with serving(torch.get_num_threads()) as server:
         record = overhead(engine, server) if args.soak is None else soak(engine, server, args.soak)
     write_json(output, record | {"environment": environment()})
     shown = {key: record[key] for key in record if key not in ("setting", "resident_bytes")}
@@ -89,9 +94,10 @@ class Served:
 
 
 @contextmanager
-def serving() -> Iterator[Served]:
+def serving(threads: int) -> Iterator[Served]:
     command = [sys.executable, "-m", "specextend.serve", "--model_name", "bundled", "--device", "cpu", "--port", "0"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environ)
     try:
         address = process.stdout.readline().split()[-1].removesuffix("/v1")
         with httpx.Client(base_url=address, timeout=120) as client:
