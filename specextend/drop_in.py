@@ -331,7 +331,7 @@ class _Note(LogitsProcessor):
 
     def rows(self, tokens: int) -> tuple[Tensor, ...]:
         """[1, V] for each of the first `tokens` positions; those behind the end were for nothing."""
-        return tuple(self._rows[:tokens])
+        return tuple(row.clone() for row in self._rows[:tokens])  # outside inference mode: ordinary tensors
 
 
 def _notes(config: GenerationConfig, warpers: Sequence[LogitsProcessor]) -> dict[str, _Note]:

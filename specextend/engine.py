@@ -118,9 +118,8 @@ class SpecExtend:
 
     @property
     def models(self) -> LoadedModels:
-        """What decodes; InputError once the engine is closed."""
-        if self._models is None:
-            raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
+        """What decodes."""
+        self._require_open()
         return self._models
 
     @property
@@ -205,7 +204,11 @@ class SpecExtend:
             text = TextStream(output.decode, stop)
             for _ in loop:
                 yield text.push(output.token_ids, last=output.finished)
-                self.models  # noqa: B018  closed in between
+                self._require_open()
+
+    def _require_open(self) -> None:
+        if self._models is None:
+            raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
 
     def _speculate(
         self,

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specextend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.drop_in import CustomGenerate
+from specextend.drop_in import CustomGenerate, _twin
 from specextend.errors import ConfigError, InputError, ModelError
 
 NEW = 24
@@ -215,6 +215,7 @@ def test_output_object_holds_plain_generates_scores_and_logits(pair, door, make_
     assert torch.equal(ours.sequences, plain.sequences) and len(ours.scores) == len(ours.logits) == NEW
     for name in ("scores", "logits"):
         torch.testing.assert_close(torch.cat(ours[name]), torch.cat(plain[name]), rtol=1e-4, atol=1e-4)
+    assert not ours.scores[0].is_inference() and not ours.sequences.is_inference()
     bare = target.generate(ids, custom_generate=door, draft_model=draft, **request | {"output_scores": False})
     assert bare.scores is None and torch.equal(bare.sequences, plain.sequences)
 
@@ -313,6 +314,17 @@ def test_engine_goes_with_its_model_or_by_close(make_model, hf_twin, door, make_
     del target
     gc.collect()
     assert gone() is None and [engine() for engine in engines] == [None, None]
+
+
+def test_weights_joined_for_captured_rounds_are_joined_in_the_twin(make_model, hf_twin):
+    fused = pytest.importorskip("specextend.fused")
+    target = hf_twin(make_model("gqa")).double()  # not packed, as on a GPU
+    before, twin = state_of(target), _twin(target)
+    attention = twin.model.layers[0].self_attn
+    whole = fused.merged([attention.q_proj, attention.k_proj, attention.v_proj])
+    assert state_of(target) == before and attention.k_proj.weight.untyped_storage().data_ptr() == whole.data_ptr()
+    theirs = target.model.layers[0].self_attn.k_proj.weight
+    assert torch.equal(theirs, attention.k_proj.weight) and theirs.data_ptr() != attention.k_proj.weight.data_ptr()
 
 
 # ---- requests it does not take
