@@ -90,8 +90,14 @@ class SpecExtend:
         models = load_models(target, draft=draft, dtype=dtype, device=device)
         return cls(models, override(config or default_config(models), settings), eager=eager)
 
-    def with_config(self, config: SpecExtendConfig) -> SpecExtend:
-        """The same models, and the same memory for the target's cache, under another setting."""
+    def with_config(self, config: SpecExtendConfig | None = None, **settings) -> SpecExtend:
+        """The same models, and the same memory for the target's cache, under another setting.
+
+        Args:
+            config: None takes this engine's.
+            settings: as for `from_pretrained`.
+        """
+        config = override(config or self.config, settings)
         return SpecExtend(self.models, config, cache=self._cache, eager=self._eager)
 
     def close(self) -> None:

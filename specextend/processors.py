@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from specextend.generate import ROOT
 from specextend.target import Target
 from specextend.tree import DraftTree
 from specextend.verify import Chooser
-
-_ROOT = torch.zeros(1, dtype=torch.long)
 
 
 class ProcessedTarget:
@@ -53,8 +52,8 @@ class ProcessedTarget:
 
     def _next(self, logits: Tensor) -> int:
         """The token after the text so far, to which it is added; `logits` [1, V]."""
-        scores = self._processors(self._ids, logits.to(torch.float32, copy=True))
-        token = self._choose(scores, self._chosen, _ROOT)
+        scores = self._processors(self._ids, logits.float())
+        token = self._choose(scores, self._chosen, ROOT)
         self._ids = torch.cat((self._ids, token[None]), dim=1)
         self._chosen += 1
         return int(token)

@@ -20,11 +20,14 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specextend
+from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.drop_in import CustomGenerate, _twin
 from specextend.errors import ConfigError, InputError, ModelError
+from specextend.models import load_models
 
 NEW = 24
+PROMPT = "The king said that the"
 CONFIG = SpecExtendConfig.specextend(tree=TreeConfig(12, 4, 0.1))
 EAGER_TREE = SpecExtendConfig.specextend(tree=TreeConfig(20, 5, 0.0))
 
@@ -391,7 +394,7 @@ def plain_bundled():
 
 def test_bundled_pair_by_name_with_streamed_text_and_stop_strings(plain_bundled, bundled_models, capsys):
     tokenizer = bundled_models.tokenizer
-    inputs = tokenizer("The king said that the", return_tensors="pt")
+    inputs = tokenizer(PROMPT, return_tensors="pt")
     request = {"max_new_tokens": 40, "repetition_penalty": 1.1, "do_sample": False}
     ours = {"custom_generate": specextend.custom_generate, "draft_model": "bundled"}
     plain = plain_bundled.generate(**inputs, **request)
@@ -408,3 +411,21 @@ def test_bundled_pair_by_name_with_streamed_text_and_stop_strings(plain_bundled,
     )
     with pytest.raises(InputError, match="tokenizer=tokenizer"):
         plain_bundled.generate(**inputs, **request, **ours, stop_strings=[stop])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_rounds_are_captured_and_the_model_stays_as_it_was(bundled_models):
+    models = load_models("bundled", dtype="float16", device="cuda")
+    target = AutoModelForCausalLM.from_pretrained(specextend.PRESETS["bundled"].target, dtype=torch.float16).cuda()
+    before, door = state_of(target), CustomGenerate()
+    inputs = bundled_models.tokenizer(PROMPT, return_tensors="pt").to("cuda")
+    request = {"max_new_tokens": 40, "custom_generate": door, "draft_model": "bundled"}
+    expected = SpecExtend(models).generate(PROMPT, 40).token_ids
+    for _ in range(3):  # run, captured, replayed
+        ids = target.generate(**inputs, do_sample=False, **request)
+        assert ids[0, inputs.input_ids.shape[1] :].tolist() == expected
+    assert state_of(target) == before
+    penalized = {"do_sample": False, "repetition_penalty": 1.3}
+    ids = target.generate(**inputs, **penalized, **request)
+    assert torch.equal(target.generate(**inputs, **penalized, **request), ids)
+    assert ids[0, inputs.input_ids.shape[1] :].tolist() != expected

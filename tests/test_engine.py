@@ -49,6 +49,12 @@ def test_from_pretrained_takes_settings_over_the_default(bundled_engine):
     )
 
 
+def test_with_config_takes_settings_over_the_engines(engine):
+    assert engine.with_config(nodes=5).config == override(SPECEXTEND, {"nodes": 5})
+    standard = SpecExtendConfig.standard()
+    assert engine.with_config(standard, top_k=9).config == override(standard, {"top_k": 9})
+
+
 @pytest.mark.parametrize(
     "settings, message", [({"nodez": 3}, "setting 'nodez' is unknown; there are .*nodes"), ({"nodes": 0}, "nodes is 0")]
 )
