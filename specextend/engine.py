@@ -255,16 +255,17 @@ class SpecExtend:
 
             return CapturedSpeculation(self._target, drafter, self._retriever, tree), decode
 
-        parts = self._target, drafter, self._retriever
-        return lambda sampling, ids, output: speculative(*parts, chooser(sampling), ids, output), decode
+        def speculate(sampling, ids, output):
+            return speculative(self._target, drafter, self._retriever, chooser(sampling), ids, output)
+
+        return speculate, decode
 
     def _baseline_loop(self, captures: bool) -> Loop:
         if captures:
             from specextend.graphs import CapturedDecoding
 
             return CapturedDecoding(self._baseline)
-        baseline = self._baseline
-        return lambda sampling, ids, output: autoregressive(baseline, chooser(sampling), ids, output)
+        return lambda sampling, ids, output: autoregressive(self._baseline, chooser(sampling), ids, output)
 
     def _begin(
         self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str], slots: int,
