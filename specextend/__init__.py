@@ -1,6 +1,7 @@
 """SpecExtend: lossless speculative decoding that stays fast on long inputs (arXiv 2505.20776)."""
 
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.drop_in import custom_generate
 from specextend.engine import SpecExtend
 from specextend.generate import Generation, Round
 from specextend.models import PRESETS
@@ -14,4 +15,5 @@ __all__ = [
     "SpecExtend",
     "SpecExtendConfig",
     "TreeConfig",
+    "custom_generate",
 ]

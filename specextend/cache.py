@@ -34,7 +34,6 @@ class KVCache:
     """
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype, device: torch.device):
-        self.owner: object = None  # whose tokens these are, for engines that share a cache
         self._shape = cache_shape(config)
         self._options = {"dtype": dtype, "device": device}
         self._buffer = torch.empty(2, *self._shape[:1], 1, self._shape[1], 0, self._shape[2], **self._options)

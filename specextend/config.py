@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 
@@ -145,6 +146,28 @@ class SpecExtendConfig:
     def specextend(cls, **settings) -> SpecExtendConfig:
         """SpecExtend with all of its parts."""
         return replace(cls(flash_prefill=True, hybrid_tree_attention=True, draft_cache="retrieval"), **settings)
+
+
+def override(config: SpecExtendConfig, settings: Mapping[str, Any]) -> SpecExtendConfig:
+    """`config` with some fields changed: its own, and by the same plain names those of its tree and its retrieval.
+
+    Args:
+        settings: as {"draft_cache": "full", "nodes": 20, "top_k": 16}; ConfigError for a name nobody has.
+    """
+    names = {part: [one.name for one in fields(kind)] for part, kind in _PARTS.items()}
+    unknown = [name for name in settings if not any(name in known for known in names.values())]
+    if unknown:
+        known = ", ".join(name for part in names.values() for name in part)
+        raise ConfigError(f"setting {unknown[0]!r} is unknown; there are {known}")
+
+    def given(part: str) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name in names[part]}
+
+    config = replace(config, **given(""))
+    return replace(config, **{part: replace(getattr(config, part), **given(part)) for part in ("tree", "retrieval")})
+
+
+_PARTS = {"": SpecExtendConfig, "tree": TreeConfig, "retrieval": RetrievalConfig}
 
 
 def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,6 +28,8 @@ TEXT_FIELDS = ("text", "problem", "prompt", "input", "document")
 JSON_SUFFIXES = (".jsonl", ".json")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ALL_LENGTHS = "all"
+ROLES = ("system", "user", "assistant")
+Message = Mapping[str, str]
 
 _K = 1024
 _MIN_LENGTH = 64  # below it the templates alone fill the prompt, and `pg_19.jsonl` would count as a length
@@ -131,20 +134,56 @@ def join_topics(topics: list[tuple[str, str]]) -> str:
     return "\n\n".join(f"# {name}\n\n{text.strip()}" for name, text in topics) + "\n"
 
 
+def encode_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the whole prompt, template and special tokens included, each special token once."""
+    return encode_chat([{"role": "user", "content": text}], template, tokenizer)
+
+
+def encode_chat(messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a conversation up to where the assistant answers, each special token once."""
+    formatted = format_chat(messages, template, tokenizer)
+    return tokenizer(formatted, add_special_tokens=template != "chat", verbose=False).input_ids
+
+
 def format_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text` as the user's turn of a conversation, up to where the assistant begins.
+    """`text` as the user's turn of a conversation, up to where the assistant begins."""
+    return format_chat([{"role": "user", "content": text}], template, tokenizer)
+
+
+def format_chat(messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation as one text, up to where the assistant begins.
 
     Args:
+        messages: as {"role": "user", "content": "..."}; roles are system, user and assistant.
         template: name of a fschat conversation ("vicuna_v1.1"), "chat" for the tokenizer's own chat template, whose
-            result already holds the special tokens (encode it without adding more), None for plain text.
+            result already holds the special tokens (encode it without adding more). None, for a model that knows no
+            conversations: the contents one after the other, a blank line between them.
     """
+    check_messages(messages)
     if template is None:
-        return text
+        return "\n\n".join(message["content"] for message in messages)
     if template == "chat":
         if tokenizer.chat_template is None:
             raise InputError("the model's tokenizer has no chat template; use a fschat template's name or plain text")
-        turn = [{"role": "user", "content": text}]
-        return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # what a template says of messages it does not take
+            raise InputError(f"the model's chat template refuses these messages ({error})") from error
+    return _format_by_fschat(messages, template)
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """InputError for what is no conversation."""
+    if isinstance(messages, str) or not messages:
+        raise InputError('messages must be a non-empty list like [{"role": "user", "content": "..."}]')
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise InputError(f'message {index} must be like {{"role": "user", "content": "..."}}')
+        if message.get("role") not in ROLES:
+            raise InputError(f"message {index} has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+
+
+def _format_by_fschat(messages: Sequence[Message], template: str) -> str:
     from fastchat.conversation import conv_templates, get_conv_template
 
     if template not in conv_templates:
@@ -153,15 +192,13 @@ def format_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenize
             "tokenizer's own"
         )
     conversation = get_conv_template(template)
-    conversation.append_message(conversation.roles[0], text)
+    for message in messages:
+        if message["role"] == "system":
+            conversation.set_system_message(message["content"])
+        else:
+            conversation.append_message(conversation.roles[message["role"] == "assistant"], message["content"])
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
-
-
-def encode_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the whole prompt, template and special tokens included, each special token once."""
-    formatted = format_prompt(text, template, tokenizer)
-    return tokenizer(formatted, add_special_tokens=template != "chat", verbose=False).input_ids
 
 
 def cut_to_fit(ids: Tensor, limit: int, keep_tail: int = 64) -> Tensor:

@@ -1,20 +1,24 @@
-"""`SpecExtend`: a loaded pair of models with one setting, ready for any number of prompts.
+"""`SpecExtend`: a loaded pair of models with one setting, ready for any number of prompts, from any thread.
 
-All switches are resolved here, once, into objects; nothing below asks what is on.
+All switches are resolved here, once, into objects; nothing below asks what is on. Generations of one `LoadedModels`
+take turns, whichever engine or thread asks for them.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from specextend.attention import attention
 from specextend.cache import KVCache
-from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, prefill_block
-from specextend.data import encode_prompt
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, override, prefill_block
+from specextend.data import Message, encode_chat, encode_prompt
 from specextend.drafter import Drafter, TreeDrafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
 from specextend.features import FeatureTap
@@ -22,16 +26,19 @@ from specextend.generate import Generation, Output, Round, autoregressive, specu
 from specextend.hugging_face import hugging_face, plain_twin
 from specextend.lookup import PromptLookup
 from specextend.models import LoadedModels, load_models
+from specextend.packed import return_freed_memory
+from specextend.processors import ProcessedTarget
 from specextend.retrieval import retriever
 from specextend.rope import make_exact
 from specextend.selfdraft import HierarchicalDrafter, SelfDrafter, SparseTarget
 from specextend.target import Target
 from specextend.text import TextStream
-from specextend.verify import chooser
+from specextend.verify import chooser, greedy
 
 GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured
 Observer = Callable[[Output, Round | None], None]
+Prompt = str | Tensor | Sequence[int]
 Loop = Callable[[SamplingConfig, Tensor, Output], Iterator[Round | None]]
 
 
@@ -49,7 +56,8 @@ class SpecExtend:
         self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None,
         eager: bool = False,
     ):  # fmt: skip
-        self.models, self._eager = models, eager
+        self._models: LoadedModels | None = models
+        self._eager = eager
         self.config = config or default_config(models)
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
@@ -72,13 +80,60 @@ class SpecExtend:
         dtype: str = "auto",
         device: str = "auto",
         eager: bool = False,
+        **settings,
     ) -> SpecExtend:
-        """Load `target` (a preset's name, a directory or a hub id) and its draft."""
-        return cls(load_models(target, draft=draft, dtype=dtype, device=device), config, eager=eager)
+        """Load `target` (a preset's name, a directory or a hub id) and its draft.
 
-    def with_config(self, config: SpecExtendConfig) -> SpecExtend:
-        """The same models, and the same memory for the target's cache, under another setting."""
+        Args:
+            settings: fields of `config` (None: the default) that are to be different, those of its tree and its
+                retrieval too: draft_cache="full", nodes=20, top_k=16.
+        """
+        override(SpecExtendConfig(), settings)  # a mistake shows before anything is loaded
+        models = load_models(target, draft=draft, dtype=dtype, device=device)
+        return cls(models, override(config or default_config(models), settings), eager=eager)
+
+    def with_config(self, config: SpecExtendConfig | None = None, **settings) -> SpecExtend:
+        """The same models, and the same memory for the target's cache, under another setting.
+
+        Args:
+            config: None takes this engine's.
+            settings: as for `from_pretrained`.
+        """
+        config = override(config or self.config, settings)
         return SpecExtend(self.models, config, cache=self._cache, eager=self._eager)
+
+    def close(self) -> None:
+        """Let go of models, caches and graphs, after what another thread is generating; safe to call again.
+
+        Memory comes back once no other engine (`with_config`) and nobody else holds the same models.
+        """
+        if self._models is None:
+            return
+        turn, device = self._models.turn, self._models.device
+        with nullcontext() if turn.is_mine() else turn():  # a stream left open in this thread ends here
+            self._models = self._cache = self._drafter = self._target = self._baseline = None
+            self._speculative = self._autoregressive = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return_freed_memory()
+
+    def __enter__(self) -> SpecExtend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def models(self) -> LoadedModels:
+        """What decodes."""
+        self._require_open()
+        return self._models
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes the target's key/value cache holds now; it grows with the longest prompt so far."""
+        return self._cache.nbytes if self._models is not None else 0
 
     @property
     def limit(self) -> int:
@@ -96,26 +151,46 @@ class SpecExtend:
         ids = encode_prompt(text, self.models.preset.template, self.models.tokenizer)
         return torch.tensor(ids, device=self.models.device)
 
+    def encode_chat(self, messages: Sequence[Message]) -> Tensor:
+        """Token ids [N] of a conversation, written as the model expects it, up to where the assistant answers.
+
+        A model without a conversation template, as the bundled one, reads the contents with blank lines between them.
+        """
+        ids = encode_chat(messages, self.models.preset.template, self.models.tokenizer)
+        if not any(message["content"].strip() for message in messages):
+            raise InputError("the messages are empty; give at least one word")
+        return torch.tensor(ids, device=self.models.device)
+
     def generate(
         self,
-        prompt: str | Tensor,
+        prompt: Prompt,
         max_new_tokens: int = 256,
         *,
         sampling: SamplingConfig = GREEDY,
         stop: Sequence[str] = (),
+        processors: Sequence[LogitsProcessor] = (),
+        until: Callable[[list[int]], bool] | None = None,
         on_round: Observer | None = None,
     ) -> Generation:
         """Continue `prompt` (text, or token ids [N]) by speculative decoding.
 
         Args:
-            on_round: called with the output so far after the prefill (round None) and after every round.
+            processors: transformers' logits processors, applied to the target before `sampling`.
+            until: asked after every token, with all new ones, whether to end there.
+            on_round: called with the output so far after the prefill (round None) and after every round; what it
+                raises ends the generation.
         """
-        loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
-        return self._finish(loop, output, on_round)
+        with self.models.turn():
+            loop, output = self._speculate(prompt, max_new_tokens, sampling, stop, processors, until)
+            return self._finish(loop, output, on_round)
+
+    def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
+        """Answer a conversation, [{"role": "user", "content": "..."}, ...]; options as for `generate`."""
+        return self.generate(self.encode_chat(messages), max_new_tokens, **options)
 
     def autoregressive(
         self,
-        prompt: str | Tensor,
+        prompt: Prompt,
         max_new_tokens: int = 256,
         *,
         sampling: SamplingConfig = GREEDY,
@@ -123,25 +198,47 @@ class SpecExtend:
         on_round: Observer | None = None,
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
-        ids, output = self._begin(prompt, max_new_tokens, stop, 1)
-        return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
+        with self.models.turn():
+            ids, output = self._begin(prompt, max_new_tokens, stop, 1)
+            return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
 
-    def stream(self, prompt: str | Tensor, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
-        """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation."""
-        loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
-        text = TextStream(output.decode, stop)
-        for _ in loop:
-            yield text.push(output.token_ids, last=output.finished)
-            if self._cache.owner is not output:
-                raise InputError("this stream's models answer another prompt now; end a stream before the next begins")
+    def stream(self, prompt: Prompt, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
+        """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation.
+
+        Between the first piece and its end no other generation of these models begins.
+        """
+        with self.models.turn():
+            loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
+            text = TextStream(output.decode, stop)
+            for _ in loop:
+                yield text.push(output.token_ids, last=output.finished)
+                self._require_open()
+
+    def _require_open(self) -> None:
+        if self._models is None:
+            raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
 
     def _speculate(
-        self, prompt: str | Tensor, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str]
+        self,
+        prompt: Prompt,
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        stop: Sequence[str],
+        processors: Sequence[LogitsProcessor] = (),
+        until: Callable[[list[int]], bool] | None = None,
     ) -> tuple[Iterator[Round | None], Output]:
         if self._speculative is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
-        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1)
+        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1, until)
+        if processors:
+            return self._processed(ProcessedTarget(self._target, chooser(sampling), processors), ids, output), output
         return self._speculative(sampling, ids, output), output
+
+    def _processed(self, target: ProcessedTarget, ids: Tensor, output: Output) -> Iterator[Round | None]:
+        """The plain loops: captured rounds know no processors."""
+        if self._drafter is None:
+            return autoregressive(target, greedy, ids, output)
+        return speculative(target, self._drafter, self._retriever, greedy, ids, output)
 
     def _loops(self, captures: bool) -> tuple[Loop | None, Loop]:
         """How this engine decodes: by its method, None where the draft it needs was not loaded, and the baseline."""
@@ -172,13 +269,16 @@ class SpecExtend:
             return CapturedDecoding(self._baseline)
         return lambda sampling, ids, output: autoregressive(self._baseline, chooser(sampling), ids, output)
 
-    def _begin(self, prompt: str | Tensor, max_new_tokens: int, stop, slots: int) -> tuple[Tensor, Output]:
+    def _begin(
+        self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str], slots: int,
+        until: Callable[[list[int]], bool] | None = None,
+    ) -> tuple[Tensor, Output]:  # fmt: skip
         """Check the request against the models before anything runs."""
         if max_new_tokens < 1:
             raise ConfigError(f"max_gen_len is {max_new_tokens}; it must be at least 1")
         if "" in stop:
             raise ConfigError("a stop string is empty; give at least one character")
-        ids = self.encode(prompt) if isinstance(prompt, str) else prompt.to(self.models.device)
+        ids = self.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt, device=self.models.device)
         if ids.ndim != 1 or not len(ids):
             raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
         if self.fits(max_new_tokens) < 1:
@@ -194,14 +294,16 @@ class SpecExtend:
             )
         if self.models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.models.device)
-        output = self._cache.owner = Output(
+        tokenizer = self.models.tokenizer  # a result may outlive the engine: it holds on to no more than this
+        output = Output(
             prompt_tokens=len(ids),
             max_new_tokens=max_new_tokens,
             room=max_new_tokens + slots,
             eos_token_ids=self.models.eos_token_ids,
             stop=tuple(stop),
-            decode=lambda tokens: self.models.tokenizer.decode(tokens, skip_special_tokens=True),
+            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
             synchronize=_synchronizer(self.models.device),
+            until=until,
         )
         return ids, output
 

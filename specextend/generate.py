@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from specextend.drafter import Drafter
+from specextend.html import to_html
 from specextend.retrieval import Retriever
 from specextend.target import Target
 from specextend.tree import DraftTree
@@ -100,6 +101,7 @@ class Generation:
         rounds: one per round after the prefill, whose own token is in `token_ids` only.
         prefill_seconds: "target" and "draft".
         peak_bytes: most GPU memory allocated at once, None on a CPU.
+        decode: token ids -> text.
     """
 
     prompt_tokens: int
@@ -109,6 +111,10 @@ class Generation:
     rounds: list[Round]
     prefill_seconds: dict[str, float]
     peak_bytes: int | None = None
+    decode: Callable[[list[int]], str] = field(default=str, repr=False, compare=False)
+
+    def _repr_html_(self) -> str:
+        return to_html(self)
 
     @property
     def new_tokens(self) -> int:
@@ -170,6 +176,7 @@ class Output:
         stop: strings that end the output as soon as its text contains one.
         decode: token ids -> text.
         synchronize: waits for the device, so that clocks read finished work.
+        until: asked after every token, with all of them, whether the output ends here.
     """
 
     prompt_tokens: int
@@ -179,6 +186,7 @@ class Output:
     stop: Sequence[str]
     decode: Callable[[list[int]], str]
     synchronize: Callable[[], None]
+    until: Callable[[list[int]], bool] | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     rounds: list[Round] = field(default_factory=list)
@@ -243,6 +251,7 @@ class Output:
             self.rounds,
             self.prefill_seconds,
             peak_bytes,
+            self.decode,
         )
 
     def _extend(self, tokens: list[int]) -> list[int]:
@@ -258,7 +267,7 @@ class Output:
     def _reason(self, token: int) -> str | None:
         if token in self.eos_token_ids:
             return "eos"
-        if self.stop and self._has_stop():
+        if (self.stop and self._has_stop()) or (self.until is not None and self.until(self.token_ids)):
             return "stop"
         return "length" if len(self.token_ids) == self.max_new_tokens else None
 

@@ -7,7 +7,7 @@ checkpoints lie and how they are read is `checkpoints.py`'s business.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from specextend.checkpoints import (
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.drafter import ClassicDrafter, Drafter
 from specextend.errors import ConfigError, DeviceError, ModelError
+from specextend.turns import Turn
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 DTYPES = {
@@ -83,6 +84,7 @@ class LoadedModels:
         limit: positions the target can hold (`position_limit`); the draft's own limit does not bound a prompt.
         vocab_size: ids both models know; logits beyond it are padding and must never be proposed.
         drafter: makes the drafter of a setting out of `draft`.
+        turn: held by each generation, whatever engine runs it.
     """
 
     name: str
@@ -98,6 +100,7 @@ class LoadedModels:
     target_id: str
     draft_id: str | None
     drafter: Callable[[nn.Module, SpecExtendConfig, int], Drafter] = ClassicDrafter
+    turn: Turn = field(default_factory=Turn, repr=False, compare=False)
 
 
 def load_models(

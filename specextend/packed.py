@@ -56,7 +56,7 @@ def pack_linears(model: nn.Module) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child))
-    _return_freed_memory()
+    return_freed_memory()
 
 
 def can_pack(model: nn.Module) -> bool:
@@ -66,8 +66,8 @@ def can_pack(model: nn.Module) -> bool:
     return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _return_freed_memory() -> None:
-    """The plain weights were freed piece by piece; glibc keeps such pieces for itself unless it is asked."""
+def return_freed_memory() -> None:
+    """Give what was freed piece by piece back to the system; glibc keeps such pieces unless it is asked."""
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)

@@ -374,13 +374,15 @@ def test_closing_a_stream_early_leaves_the_engine_usable(config, keen, make_engi
         assert engine.generate(make_prompt(40), NEW).token_ids == expected
 
 
-def test_a_stream_overtaken_by_another_prompt_says_so(keen, make_engine, make_prompt):
+def test_a_thread_that_would_wait_for_its_own_stream_is_told_so(keen, make_engine, make_prompt):
     engine = make_engine(*keen, EAGER)
+    expected = engine.generate(make_prompt(30), 40).text
     stream = engine.stream(make_prompt(30), 40)
-    next(stream)
-    engine.generate(make_prompt(20, seed=1), 5)
-    with pytest.raises(InputError, match="answer another prompt"):
-        next(stream)
+    begun = next(stream)
+    for other in (engine.generate, engine.autoregressive, engine.with_config(STANDARD).generate):
+        with pytest.raises(InputError, match="stream of these models is open in this thread"):
+            other(make_prompt(20, seed=1), 5)
+    assert begun + "".join(stream) == expected
 
 
 def test_settings_that_share_a_cache_take_turns(keen, make_engine, make_prompt):

@@ -1,0 +1,114 @@
+"""`python -m specextend.serve --model_name bundled --port 8000`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from specextend import cli
+from specextend.engine import SpecExtend
+from specextend.entry import load_pair
+from specextend.errors import ConfigError
+from specextend.serve.app import create_app
+from specextend.serve.settings import Settings, check_host, read_key
+from specextend.serve.worker import Worker
+
+KEY_VARIABLE = "SPECEXTEND_API_KEY"
+
+
+def main() -> None:
+    args = parse_args()
+    key = _key(args)
+    check_host(args.host, key)
+    settings = Settings(
+        model_id=args.served_model_name or args.model_name,
+        api_key=key,
+        max_waiting=args.max_waiting,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_new_tokens=args.max_new_tokens,
+        max_body_bytes=args.max_body_bytes,
+        grace_s=args.grace,
+    )
+    listener = _listen(args.host, args.port)
+    args.use_specextend = args.use_specextend or "method" not in args
+    models = load_pair(args)
+    app = create_app(SpecExtend(models, cli.config_from(args, models), eager=args.eager), settings)
+    host, port = listener.getsockname()[:2]
+    print(f"{settings.model_id} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+    config = uvicorn.Config(app, timeout_graceful_shutdown=5, log_level="warning", server_header=False)
+    Server(config, app.state.worker, settings.grace_s).run(sockets=[listener])
+
+
+class Server(uvicorn.Server):
+    """Stops in two steps: refuse what is new and finish the answer under way, then close."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, grace_s: float):
+        super().__init__(config)
+        self._worker, self._grace_s = worker, grace_s
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame) -> None:
+        """First signal: drain; second: close at once."""
+        if self._worker.stopping:
+            self.should_exit = True
+            return
+        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._stop()))
+
+    async def _stop(self) -> None:
+        await asyncio.to_thread(self._worker.drain)
+        deadline = self._loop.time() + self._grace_s
+        while self._worker.busy and self._loop.time() < deadline and not self.should_exit:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._worker.stop)  # what is still under way ends with an error of its own
+        self.should_exit = True
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    cli.add_model_flags(parser)
+    cli.add_method_flags(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="other addresses than this machine's own need a key")
+    server.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
+    server.add_argument("--served_model_name", help="the model's name towards clients; else --model_name")
+    server.add_argument("--api_key", help=f"clients must send it; better --api_key_file or {KEY_VARIABLE}")
+    server.add_argument("--api_key_file", type=Path, help="file with the key")
+    server.add_argument("--max_waiting", type=int, default=64, help="requests in the queue; more get 429")
+    server.add_argument("--max_prompt_tokens", type=int, default=0, help="per request; 0: what the model holds")
+    server.add_argument("--max_new_tokens", type=int, default=0, help="per request; 0: what the model holds")
+    server.add_argument("--max_body_bytes", type=int, default=4 * 2**20, help="of a request; more get 413")
+    server.add_argument("--grace", type=float, default=30.0, help="seconds a stop waits for the answer under way")
+    return parser.parse_args()
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    given = {
+        "--api_key": args.api_key,
+        "--api_key_file": args.api_key_file and read_key(args.api_key_file),
+        KEY_VARIABLE: os.environ.get(KEY_VARIABLE),
+    }
+    keys = {name: key for name, key in given.items() if key is not None}
+    if len(keys) > 1:
+        raise ConfigError(f"the API key is given by {' and '.join(keys)}; give it once")
+    return next(iter(keys.values()), None)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, bound before the models are loaded; ConfigError where it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on ({error}); choose another --port or --host") from error
+
+
+if __name__ == "__main__":
+    cli.run(main)

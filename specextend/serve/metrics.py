@@ -1,0 +1,55 @@
+"""What Prometheus may ask: tokens, speed, acceptance, waiting, memory, requests by status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from specextend.generate import Generation
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+SPEEDS = (1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
+CLIENT_GONE = 499  # as nginx counts them: the client closed the connection before it had its answer
+
+
+class Metrics:
+    """One server's figures, in a registry of their own.
+
+    Args:
+        waiting, running, cache_bytes: read whenever somebody asks.
+    """
+
+    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], cache_bytes: Callable[[], int]):
+        self.registry = CollectorRegistry()
+
+        def make(kind, name: str, text: str, *labels: str, **options):
+            return kind(f"specextend_{name}", text, labels, registry=self.registry, **options)
+
+        self.requests = make(Counter, "requests", "Requests answered, by HTTP status", "status")
+        self.prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens of finished answers")
+        self.tokens = make(Counter, "generated_tokens", "Tokens generated, those of abandoned answers included")
+        self.first_token = make(
+            Histogram, "time_to_first_token_seconds", "From arrival, waiting included", buckets=SECONDS
+        )
+        self.speed = make(
+            Histogram, "decode_tokens_per_second", "Tokens per second after the first, by answer", buckets=SPEEDS
+        )
+        self.accepted = make(
+            Histogram, "accepted_per_round", "Draft tokens accepted in a round", buckets=tuple(range(17))
+        )
+        for name, text, read in (
+            ("queue_length", "Requests waiting for their turn", waiting),
+            ("running", "Answers under way", running),
+            ("cache_bytes", "Bytes of the target's key/value cache", cache_bytes),
+        ):
+            make(Gauge, name, text).set_function(read)
+
+    def finished(self, result: Generation) -> None:
+        self.prompt_tokens.inc(result.prompt_tokens)
+        if result.rounds:
+            self.speed.observe(result.decode_tokens_per_s)
+
+    def page(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)

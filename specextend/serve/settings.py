@@ -1,0 +1,65 @@
+"""What a server allows, checked once."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from specextend.errors import ConfigError, InputError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and identity of a server.
+
+    Args:
+        model_id: the model's name towards clients.
+        api_key: what clients must send as bearer token; None: nobody is asked, and only this machine is served.
+        max_waiting: requests that may wait for the one being answered; more are turned away with 429.
+        max_prompt_tokens, max_new_tokens: per request; 0: as many as the model holds.
+        max_body_bytes: of a request.
+        grace_s: seconds a stop waits for the answer under way.
+    """
+
+    model_id: str
+    api_key: str | None = field(default=None, repr=False)
+    max_waiting: int = 64
+    max_prompt_tokens: int = 0
+    max_new_tokens: int = 0
+    max_body_bytes: int = 4 * 2**20
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        least = {"max_waiting": 1, "max_prompt_tokens": 0, "max_new_tokens": 0, "max_body_bytes": 1, "grace_s": 0}
+        for name, minimum in least.items():
+            if not getattr(self, name) >= minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise ConfigError("the API key is empty or has characters no HTTP header carries; use printable ASCII")
+
+
+def check_host(host: str, api_key: str | None) -> None:
+    """ConfigError for an address that others reach, where no key keeps them out."""
+    if api_key is None and not _is_loopback(host):
+        raise ConfigError(
+            f"host is {host!r}, which other machines may reach, and no API key is set; give --api_key_file (or set "
+            "SPECEXTEND_API_KEY), or keep --host 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_key(path: Path) -> str:
+    """The key a file holds, white space around it dropped."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"api_key_file {path} cannot be read ({error}); it should hold the key and nothing else"
+        ) from error
