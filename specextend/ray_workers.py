@@ -24,7 +24,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from specextend.bench import SampleRecord, Worker
+from specextend.bench import ROOT, SampleRecord, Worker
 from specextend.checkpoints import one_line
 from specextend.errors import ConfigError, SpecExtendError, WorkerError
 from specextend.evaluate import label
@@ -255,16 +255,23 @@ def _keep_to_cores(seat: Seat) -> None:
 
 
 def _join(address: str | None) -> None:
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    # where this checkout is, also for workers of a cluster, whose hosts see it at the same place or have it installed
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    options = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONPATH": path}},
+    }
     if address is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ray.init("local", num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, **options)
+        local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray.init("local", num_cpus=cores, **local, **options)
         return
     try:
         if ":" in address:  # Ray itself would try for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=ANSWER_S).close()
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise WorkerError(
             f"no Ray cluster answers at {address!r} ({one_line(error, 120)}); start one with `ray start --head`, or "

@@ -256,7 +256,7 @@ def test_flags_that_make_no_sense_are_refused_before_anything_starts(flags, mess
         RayWorkers(Engines, **flags)
 
 
-def test_mistakes_that_workers_find_are_those_of_the_caller(tmp_path):
+def test_mistakes_that_workers_find_are_those_of_the_caller_wherever_it_stands(tmp_path):
     script = tmp_path / "script.py"  # one cluster per process
     script.write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
@@ -266,7 +266,7 @@ def test_mistakes_that_workers_find_are_those_of_the_caller(tmp_path):
         "    with RayWorkers(no_models, device='cpu', max_workers=1) as workers: workers.manifest(plan_of('a'))\n"
         "cli.run(main)\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "ModelError: model 'nowhere' is unknown\n")
 
 
