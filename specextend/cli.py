@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 from rich.console import Console
 
+from specextend import parallel
 from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError, SpecExtendError
@@ -21,7 +22,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except SpecExtendError as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        if parallel.speaks():
+            print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -48,6 +50,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument(
+        "--tensor_parallel", action="store_true", help="share the target among the processes of a torchrun"
+    )
+    group.add_argument("--check_ranks", action="store_true", help="compare their trees and logits in every round")
     group.add_argument("--eager", action="store_true", help="no CUDA graphs and fused kernels, which a GPU has else")
 
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from specextend import cli
+from specextend import cli, parallel
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, WorkerError
@@ -39,7 +39,10 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
     # a method that needs no draft does without where none is known
     needed = any(METHODS[name].drafts_with_model for name in cli.methods_from(args))
     with_draft = needed or bool(draft or find_preset(args.model_name).draft)
-    return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft)
+    ranks = parallel.join(args.device, check=args.check_ranks) if args.tensor_parallel else None
+    return load_models(
+        args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft, ranks=ranks
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Answer the prompts the flags name."""
+    if args.tensor_parallel:
+        parallel.join(args.device)
     sampling = cli.sampling_from(args)
     narrator = Narrator(verbose=args.verbose, result_line=args.output_result_line)
     with narrator.busy(f"loading {args.model_name}"):
@@ -71,6 +76,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))
             methods = {"autoregressive": engine.autoregressive, "standard": standard.generate} | methods
         narrator.answer(prompt, methods, max_new_tokens=args.max_gen_len, sampling=sampling, stop=args.stop)
+    parallel.leave()
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +114,9 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
+    if args.tensor_parallel and parallel.join(args.device).rank:
+        parallel.follow(Engines(args, load))
+        return parallel.leave()
     typed = getattr(args, "max_gen_len", 1)
     require_positive(
         samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=typed
@@ -132,6 +141,7 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             summary = evaluate(workers, plan, output_file, fresh=args.fresh)
             failed += [f"{method}, {one}" for one in summary.get("failed", ())]
             print(json.dumps(summary))
+    parallel.leave()
     if failed:
         raise WorkerError(
             f"{len(failed)} samples could not be measured: {'; '.join(failed)}. The rest is in the results; the same "
@@ -160,7 +170,9 @@ def _workers(args: argparse.Namespace, make: Callable[[], Engines]) -> AbstractC
         for flag in ("cpus_per_worker", "max_workers"):
             if getattr(args, flag) is not None:
                 raise ConfigError(f"--{flag} is of no use without --ray")
-        return nullcontext(LocalWorker(make()))
+        return parallel.Leader(make()) if args.tensor_parallel else nullcontext(LocalWorker(make()))
+    if args.tensor_parallel:
+        raise ConfigError("--ray and --tensor_parallel cannot be combined: a worker of Ray has one device")
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--ray needs Ray, which is not installed; run: pip install ray")
     from specextend.ray_workers import RayWorkers

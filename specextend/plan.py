@@ -99,6 +99,7 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
         "draft": public_name(models.draft_id or "none"),
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
+        **({"ranks": models.ranks} if models.ranks > 1 else {}),
         "method": name_of(engine.config),
         "config": asdict(engine.config),
         "sampling": asdict(plan.sampling),
