@@ -20,7 +20,7 @@ from rich.table import Table
 
 from specextend.bench import OUTPUT_BUCKET, Journal, SampleRecord, aggregate, write_json
 from specextend.errors import ConfigError
-from specextend.plan import Plan, Task, default_output
+from specextend.plan import Plan, Task, default_output, label
 from specextend.workers import Failure, Workers
 
 DECODE_COST = 16  # one new token takes about as long as 16 prompt tokens; only the remaining time shown depends on it
@@ -193,13 +193,6 @@ def format_figure(value: float | None, digits: int = 2) -> str:
 def stdout_console() -> Console:
     """Rich output; 120 columns where stdout is no terminal, so that the table does not break."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def label(task: Task, samples: int | None = None, runs: int | None = None) -> str:
-    """A task for people, who count from 1: "4K sample 2/20 run 1/2"."""
-    bucket, sample, run = task.key
-    of_samples, of_runs = (f"/{count}" if count else "" for count in (samples, runs))
-    return f"{bucket} sample {sample + 1}{of_samples} run {run + 1}{of_runs}"
 
 
 class Reporter:

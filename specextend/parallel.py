@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -56,9 +57,15 @@ class Ranks:
         return partial(CheckedTarget if self.check else ShardedTarget, ranks=self)
 
     def load(self, directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """This rank's share of a model; its `config` gives the heads of the share, for caches made after it."""
+        """This rank's share of a model; its `config` gives the heads of the share, for caches made after it.
+
+        Its linear layers hold plain tensors: unwrapping a DTensor in every call would cost more than a small product.
+        """
         sharding = DistributedConfig(tp_size=self.count, tp_plan=self.plan(directory, config))
         model = load_causal_lm(directory, config, dtype=dtype, device=self.device, sharding=sharding)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and isinstance(module.weight, DTensor):
+                module.weight = nn.Parameter(module.weight.to_local(), requires_grad=False)
         model.config = self.local(config)
         return model
 

@@ -68,6 +68,13 @@ class Plan:
                     yield Task((bucket, sample, run), prompt, self.sampling.seed + 1000 * sample + run)
 
 
+def label(task: Task, samples: int | None = None, runs: int | None = None) -> str:
+    """A task for people, who count from 1: "4K sample 2/20 run 1/2"."""
+    bucket, sample, run = task.key
+    of_samples, of_runs = (f"/{count}" if count else "" for count in (samples, runs))
+    return f"{bucket} sample {sample + 1}{of_samples} run {run + 1}{of_runs}"
+
+
 def require_positive(**settings: int) -> None:
     """ConfigError for the first setting below 1."""
     for name, value in settings.items():

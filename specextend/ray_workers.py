@@ -27,8 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from specextend.bench import ROOT, SampleRecord, Worker
 from specextend.checkpoints import one_line
 from specextend.errors import ConfigError, SpecExtendError, WorkerError
-from specextend.evaluate import label
-from specextend.plan import Plan, Task
+from specextend.plan import Plan, Task, label
 from specextend.workers import Engines, Failure, LocalWorker, Watch
 
 ATTEMPTS = 3

@@ -26,7 +26,7 @@ from specextend.engine import SpecExtend
 from specextend.errors import SpecExtendError
 from specextend.models import LoadedModels, Preset
 
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 SMALL = {"tree": TreeConfig(8, 4, 0.1), "retrieval": RetrievalConfig(8, 3, 2)}
 CONFIGS = {
     "standard": SpecExtendConfig.standard(**SMALL),

@@ -26,12 +26,11 @@ needs_torchrun = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or not torch.distributed.is_gloo_available(),
     reason="transformers shards with accelerate, ranks on a CPU talk by gloo",
 )
-# the readout split (98) and whole (97), tied and not; biases; a norm per head
+# the readout split (98) and whole (97), tied and not; biases
 KINDS = {
     "target_gqa": ("gqa", {}),
     "target_mha": ("mha", {"vocab_size": 98}),
     "target_qwen2": ("qwen2", {"vocab_size": 98, "tie_word_embeddings": True}),
-    "target_qwen3": ("qwen3", {}),
 }
 EVAL = ["--method", "standard", "specextend", "-n", "2", "-r", "1", "-max", "12", "--device", "cpu"]
 
@@ -116,6 +115,24 @@ def records_of(path: Path) -> dict:
 @needs_torchrun
 def test_what_cannot_be_sharded_is_said_in_a_line(seen):
     assert "no cache for a sharded target" in seen["4"] and "use cuda or cpu" in seen["cuda:1"]
+
+
+@needs_torchrun
+def test_the_benchmark_compares_ranks_with_one_and_finds_the_same_logits(tmp_path):
+    pytest.importorskip("triton")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/bench_parallel.py", "--smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "--output", tmp_path / "parallel.json"], cwd=ROOT, env=environment,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "parallel.json").read_text())["shapes"]["tiny"]
+    assert found["one"]["verify_ms"] > 0 and found["one"]["token_ms"] > 0
+    shared = found["process_group"]
+    assert shared["logits_error"] < 1e-5 and shared["same_choices"] == 1
+    assert shared["of_one"]["verify_ms"] == pytest.approx(shared["verify_ms"] / found["one"]["verify_ms"])
+    assert "failed" in found["peer_memory"]  # there is no GPU here, and the record says so
 
 
 # ---- without other processes
