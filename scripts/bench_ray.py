@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -36,7 +37,10 @@ CHARACTERS_PER_TOKEN = 3.5  # of the built-in text, about
 
 def main() -> None:
     args = parse_args()
-    record = {"command": ["scripts/bench_ray.py", *sys.argv[1:]], "passes": args.passes, "workers": {}}
+    record = {
+        "command": ["scripts/bench_ray.py", *sys.argv[1:]], "load_before": os.getloadavg()[0], "passes": args.passes,
+        "workers": {},
+    }  # fmt: skip
     for count in args.workers:
         record["workers"][count] = throughput(args, count, record)
         record["efficiency"] = efficiency(record["workers"])
