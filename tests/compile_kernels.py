@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from specextend.kernels import linear, scores, tree, tree_attention
+from specextend.kernels import linear, reduce, scores, tree, tree_attention
 from specextend.kernels.linear import _launch
 
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -56,6 +56,8 @@ def kernels(rows: int):
         row = {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "KEYS": scores.KEYS}
         yield "attention row", scores._row, {"lse": FLOAT, "newest": LONG, "length": LONG, "row": FLOAT}, row, 4, 3
         yield "norm", linear._norm, {}, {"SIZE": 4096}, 8, 3
+        for size, warps in ((4096, 8), (8192, 16)):
+            yield f"sum and norm, {size}", reduce._kernel, {"parts": LONG}, {"COUNT": 2, "SIZE": size}, warps, 3
         yield from trees()
 
 

@@ -20,13 +20,15 @@ from specextend.bench import ROOT, SampleRecord
 from specextend.config import SamplingConfig
 from specextend.data import Prompt
 from specextend.engine import SpecExtend
-from specextend.errors import ConfigError, ModelError, WorkerError
+from specextend.errors import ConfigError, WorkerError
 from specextend.evaluate import evaluate
 from specextend.models import load_models
 from specextend.plan import Plan
 from specextend.workers import LocalWorker
 
 ray = pytest.importorskip("ray")
+
+import bench_ray  # noqa: E402
 
 from specextend.ray_workers import RayWorkers, seats_of  # noqa: E402
 
@@ -63,10 +65,6 @@ class Engines:
 
     def __call__(self, method):
         return self._engine
-
-
-def no_models():
-    raise ModelError("model 'nowhere' is unknown")
 
 
 @pytest.fixture(scope="session")
@@ -259,17 +257,62 @@ def test_flags_that_make_no_sense_are_refused_before_anything_starts(flags, mess
 def test_mistakes_that_workers_find_are_those_of_the_caller_wherever_it_stands(tmp_path):
     script = tmp_path / "script.py"  # one cluster per process
     script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-        "from specextend import cli\nfrom specextend.ray_workers import RayWorkers\n"
-        "from test_ray_workers import no_models, plan_of\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from specextend import cli\nfrom specextend.errors import ModelError\n"
+        "from specextend.ray_workers import RayWorkers\n"
+        "def make(): raise ModelError('model nowhere is unknown')\n"
         "def main():\n"
-        "    with RayWorkers(no_models, device='cpu', max_workers=1) as workers: workers.manifest(plan_of('a'))\n"
+        "    with RayWorkers(make, device='cpu', max_workers=1) as workers: workers.wait()\n"
         "cli.run(main)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "ModelError: model 'nowhere' is unknown\n")
+    assert (done.returncode, done.stderr) == (2, "ModelError: model nowhere is unknown\n")
 
 
 def test_a_cluster_that_is_not_there_is_one_line():
     with pytest.raises(WorkerError, match=r"no Ray cluster answers at '127\.0\.0\.1:1'.*ray start --head"):
         RayWorkers(Engines, address="127.0.0.1:1")
+
+
+def test_the_benchmark_measures_throughput_by_number_of_workers(tmp_path, monkeypatch, capsys):
+    class Crew(LocalWorker):
+        """One process that takes itself for as many workers as are asked for."""
+
+        def __init__(self, make, max_workers, **_):
+            super().__init__(make())
+            self._count = max_workers
+
+        def __len__(self):
+            return self._count
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(bench_ray, "RayWorkers", Crew)
+    monkeypatch.setattr(bench_ray, "timed_pass", halved_by_workers(bench_ray.timed_pass))
+    output = tmp_path / "ray.json"
+    flags = f"bench_ray.py --device cpu --samples 4 --length 60 --new_tokens 4 --passes 2 --output {output}"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    bench_ray.main()
+    record = json.loads(output.read_text())
+    one, two = record["workers"]["1"], record["workers"]["2"]
+    assert (one["samples_per_hour"], two["samples_per_hour"]) == (3600 * 4 / 8, 3600 * 4 / 5)
+    assert record["efficiency"] == {"1": 1.0, "2": 8 / 10} and one["samples_by_worker"] == [8]
+    assert one["prompt_tokens"] > 20 and record["setting"]["max_gen_len"] == 4 and "environment" in record
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["output"] == str(output)
+
+
+def halved_by_workers(timed_pass):
+    """Seconds that one worker takes 8 of and two take 5 of, whatever the clock says."""
+
+    def measure(workers, plan, tasks):
+        _, records = timed_pass(workers, plan, tasks)
+        return {1: 8.0, 2: 5.0}[len(workers)], records
+
+    return measure

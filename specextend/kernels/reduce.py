@@ -18,7 +18,8 @@ def add_and_norm(parts: Tensor, residual: Tensor, norm: Norm) -> Tensor:
     """RMSNorm [T, H] of `residual` [T, H] plus all parts, which `residual` becomes.
 
     Args:
-        parts: [R] int64, addresses of the parts, each [T, H] in the residual's dtype, contiguous; on the device.
+        parts: [R] int64, addresses of the parts, each [T, H] in the residual's dtype, contiguous, at a multiple of 16
+            bytes; on the device.
     """
     assert residual.is_contiguous() and parts.dtype == torch.int64
     rows, columns = residual.shape
@@ -49,7 +50,8 @@ def _kernel(parts, residual, gain, epsilon, out, columns, COUNT: tl.constexpr, S
     dtype = residual.dtype.element_ty
     total = tl.load(residual + at, inside, 0.0).to(tl.float32)
     for part in tl.static_range(COUNT):
-        address = tl.load(parts + part).to(tl.pointer_type(dtype))
+        # told, since it is read from memory: otherwise a peer's numbers are read one by one
+        address = tl.multiple_of(tl.load(parts + part).to(tl.pointer_type(dtype)), 16)
         total += tl.load(address + at, inside, 0.0, cache_modifier=".cg").to(tl.float32)
     rounded = total.to(dtype)
     tl.store(residual + at, rounded, inside)
