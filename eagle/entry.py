@@ -18,7 +18,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:
     """The target with an EAGLE head as draft, as the flags say."""
-    if args.tensor_parallel:
+    if cli.ranks_from(args):
         raise ConfigError(
             "an EAGLE head reads the target's embedding and readout, which --tensor_parallel spreads over devices; "
             "draft with a small model (run_classic.py, eval_classic.py)"

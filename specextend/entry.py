@@ -39,7 +39,7 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
     # a method that needs no draft does without where none is known
     needed = any(METHODS[name].drafts_with_model for name in cli.methods_from(args))
     with_draft = needed or bool(draft or find_preset(args.model_name).draft)
-    ranks = parallel.join(args.device, check=args.check_ranks) if args.tensor_parallel else None
+    ranks = cli.ranks_from(args)
     return load_models(
         args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft, ranks=ranks
     )
@@ -58,12 +58,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--output_result_line", action="store_true", help="print one JSON line per result")
     cli.add_method_flags(parser)
     cli.add_sampling_flags(parser)
+    cli.add_parallel_flags(parser)
 
 
 def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Answer the prompts the flags name."""
-    if args.tensor_parallel:
-        parallel.join(args.device)
+    cli.ranks_from(args)  # before anything is printed
     sampling = cli.sampling_from(args)
     narrator = Narrator(verbose=args.verbose, result_line=args.output_result_line)
     with narrator.busy(f"loading {args.model_name}"):
@@ -110,11 +110,13 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     spread.add_argument("--max_workers", type=int, help="workers at most; all that fit without it")
     cli.add_method_flags(parser, several=True)
     cli.add_sampling_flags(parser)
+    cli.add_parallel_flags(parser)
 
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
-    if args.tensor_parallel and parallel.join(args.device).rank:
+    ranks = cli.ranks_from(args)
+    if ranks and ranks.rank:
         parallel.follow(Engines(args, load))
         return parallel.leave()
     typed = getattr(args, "max_gen_len", 1)

@@ -273,8 +273,8 @@ def _join(address: str | None) -> None:
         ray.init(address, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise WorkerError(
-            f"no Ray cluster answers at {address!r} ({one_line(error, 120)}); start one with `ray start --head`, or "
-            "use --ray, which does so itself"
+            f"no Ray cluster answers at {address!r} ({one_line(error, 120)}); start one with `ray start --head`, set "
+            "RAY_AUTH_MODE=token if it asks for a token, or use --ray, which starts one itself"
         ) from error
 
 

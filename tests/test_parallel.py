@@ -16,7 +16,7 @@ from on_ranks import CONFIGS, generations, loaded, prompts
 from transformers import LlamaConfig
 
 from eagle.entry import load_pair as load_eagle_pair
-from specextend import entry, parallel
+from specextend import cli, entry, parallel
 from specextend.bench import ROOT, SampleRecord
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, DeviceError, ModelError
@@ -161,8 +161,8 @@ def test_a_rank_has_its_share_of_the_heads_and_heads_of_the_same_size():
 
 
 def flags(**changes) -> SimpleNamespace:
-    plain = {"ray": False, "ray_address": None, "cpus_per_worker": None, "max_workers": None, "tensor_parallel": True}
-    return SimpleNamespace(**(plain | changes))
+    plain = {"ray": False, "ray_address": None, "cpus_per_worker": None, "max_workers": None}
+    return SimpleNamespace(**(plain | {"tensor_parallel": True, "check_ranks": False, "device": "cpu"} | changes))
 
 
 def test_asking_for_what_is_not_there_is_one_line(monkeypatch):
@@ -179,6 +179,9 @@ def test_asking_for_what_is_not_there_is_one_line(monkeypatch):
         parallel.join()
     with pytest.raises(ConfigError, match="cannot be combined"):
         entry._workers(flags(ray=True), None)
+    with pytest.raises(ConfigError, match="of no use without --tensor_parallel"):
+        cli.ranks_from(flags(tensor_parallel=False, check_ranks=True))
+    monkeypatch.setattr(parallel, "join", lambda *_, **__: Ranks(0, 2, torch.device("cpu")))
     with pytest.raises(ConfigError, match="EAGLE head"):
         load_eagle_pair(flags())
 
