@@ -5,9 +5,10 @@
 
 Random weights of a shape, made on every device; behind them a cache of random keys and values. Rank 0 measures the
 whole model first (`fused.FusedTarget`, what one GPU runs), then all ranks their shares (`sharded.ShardedFusedTarget`),
-with sums over ranks by NCCL and by the peers' memory. Every step is a captured CUDA graph; where capture fails, it runs
-as it is and the record says why. What is left out of 70B are layers: time per layer and readout are what matters.
-Medians of steps that begin together; the slowest rank's count. Logits are compared with the whole model's.
+with sums over ranks by NCCL and by the peers' memory, met at a barrier or inside the kernel that sums. Every step is a
+captured CUDA graph; where capture fails, it runs as it is and the record says why. What is left out of 70B are layers:
+time per layer and readout are what matters. Medians of steps that begin together; the slowest rank's count. Logits are
+compared with the whole model's.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ CASES = {
     "llama31_70b_8_layers": Shape(8192, 8, 64, 8, 128, 28672, 128256),
 }
 TINY = {"tiny": Shape(64, 1, 4, 2, 32, 96, 98)}
-SUMS = ("process_group", "peer_memory")
+SUMS = ("process_group", "peer_memory", "peer_memory_signals")
 STD = 0.02
 
 
@@ -158,7 +159,8 @@ class Bench:
         share = shape.vocab // self._ranks.count
         kinds = {
             "process_group": lambda: GroupReducer(rows, shape.hidden, *place),
-            "peer_memory": lambda: PeerReducer(rows, shape.hidden, share, *place),
+            "peer_memory": lambda: PeerReducer(rows, shape.hidden, share, *place, signals=False),
+            "peer_memory_signals": lambda: PeerReducer(rows, shape.hidden, share, *place, signals=True),
         }
         return {kind: kinds[kind] for kind in self._sums}
 

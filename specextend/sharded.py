@@ -65,11 +65,17 @@ class GroupReducer:
 class PeerReducer:
     """By reading the peers' memory over NVLink (PyTorch's symmetric memory), without NVLink's multicast.
 
-    Parts alternate between two buffers, so that one barrier per sum is enough: whoever has passed the barrier of a sum
+    Parts alternate between two buffers, so that ranks need to meet once per sum: whoever has met the others at a sum
     knows that all have read the sum before it.
+
+    Args:
+        vocab: of one rank's share of the readout.
+        signals: ranks meet inside the kernel that sums; otherwise at a barrier launched before it.
     """
 
-    def __init__(self, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, rows: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, *, signals: bool
+    ):  # fmt: skip
         group, self._turn, self._rows = dist.group.WORLD, 0, rows
         sizes = {"even": (rows, hidden), "odd": (rows, hidden), "logits": (rows, vocab)}
         self._mine = {name: symmetric.empty(size, dtype=dtype, device=device) for name, size in sizes.items()}
@@ -82,6 +88,16 @@ class PeerReducer:
             name: torch.tensor([peer.data_ptr() for peer in peers], device=device)
             for name, peers in self._peers.items()
         }
+        self._signals = self._make_signals(rows, device) if signals else None
+
+    def _make_signals(self, rows: int, device: torch.device) -> reduce.Signals:
+        ranks = dist.get_world_size()
+        self._flags = symmetric.empty((ranks, rows), dtype=torch.int32, device=device).zero_()
+        handle = symmetric.rendezvous(self._flags, dist.group.WORLD)
+        handle.barrier(timeout_ms=PATIENCE_MS)  # all zeros before the first is sent
+        flags = [handle.get_buffer(rank, (ranks, rows), torch.int32).data_ptr() for rank in range(ranks)]
+        counts = torch.zeros(rows, dtype=torch.int32, device=device)
+        return reduce.Signals(torch.tensor(flags, device=device), counts, dist.get_rank())
 
     @property
     def _name(self) -> str:
@@ -92,8 +108,9 @@ class PeerReducer:
         return self._mine[self._name][:rows]
 
     def add_and_norm(self, residual: Tensor, norm: Norm) -> Tensor:
-        self._handles[self._name].barrier(timeout_ms=PATIENCE_MS)
-        return reduce.add_and_norm(self._addresses[self._name], residual, norm)
+        if self._signals is None:
+            self._handles[self._name].barrier(timeout_ms=PATIENCE_MS)
+        return reduce.add_and_norm(self._addresses[self._name], residual, norm, self._signals)
 
     def gather(self, logits: Tensor) -> Tensor:
         self._mine["logits"][: len(logits)] = logits

@@ -24,7 +24,7 @@ HALF, FLOAT, INT, LONG = "*fp16", "*fp32", "*i32", "*i64"
 SCALARS = {"epsilon": "fp32", "scale": "fp32", "threshold": "fp32", "floor": "fp32"}
 UNALIGNED = {  # integers that a launch need not know to be multiples of 16
     "rows", "queries", "slots", "shift", "step", "offset", "level", "wide", "width", "nodes", "mask_row", "lse_head",
-    "size", "candidates",
+    "size", "candidates", "rank",
 }  # fmt: skip
 
 
@@ -57,7 +57,10 @@ def kernels(rows: int):
         yield "attention row", scores._row, {"lse": FLOAT, "newest": LONG, "length": LONG, "row": FLOAT}, row, 4, 3
         yield "norm", linear._norm, {}, {"SIZE": 4096}, 8, 3
         for size, warps in ((4096, 8), (8192, 16)):
-            yield f"sum and norm, {size}", reduce._kernel, {"parts": LONG}, {"COUNT": 2, "SIZE": size}, warps, 3
+            for signals in (False, True):
+                pointers = {"parts": LONG, "flags": LONG, "counts": INT}
+                shape = {"COUNT": 2, "SIZE": size, "SIGNALS": signals}
+                yield f"sum and norm, {size}, {signals}", reduce._kernel, pointers, shape, warps, 3
         yield from trees()
 
 
@@ -81,7 +84,7 @@ INTEGERS = {
     "rows", "columns", "inner", "shift", "step", "offset", "queries", "slots", "heads", "size", "vocab", "stride",
     "width", "level", "wide", "nodes", "candidates", "key_head", "value_head", "cache_row", "full_key_head",
     "full_value_head", "query_head", "query_row", "key_row", "value_row", "mask_row", "lse_head", "layer_stride",
-    "head_stride", "row_stride",
+    "head_stride", "row_stride", "rank",
 }  # fmt: skip
 
 
