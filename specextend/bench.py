@@ -199,10 +199,10 @@ class Worker:
     processor: str
 
     @classmethod
-    def here(cls, number: int = 0, workers_on_host: int = 1) -> Worker:
-        """This process."""
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        return cls(number, platform.node(), workers_on_host, torch.get_num_threads(), gpu or _cpu_model())
+    def here(cls, number: int, workers_on_host: int, device: torch.device) -> Worker:
+        """This process, which computes on `device`."""
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+        return cls(number, platform.node(), workers_on_host, torch.get_num_threads(), processor)
 
     @property
     def conditions(self) -> tuple[int, int, str]:

@@ -24,7 +24,7 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from specextend.bench import ROOT, SampleRecord, Worker
+from specextend.bench import ROOT, SampleRecord
 from specextend.checkpoints import one_line
 from specextend.errors import ConfigError, SpecExtendError, WorkerError
 from specextend.plan import Plan, Task, label
@@ -124,11 +124,14 @@ class RayWorkers:
         return self._limit
 
     def manifest(self, plan: Plan) -> dict[str, Any]:
-        self.wait(1)
-        try:
-            return ray.get(self._ready[0].actor.manifest.remote(plan.without_prompts()))
-        except RayTaskError as error:
-            raise _of_the_callers_making(error) from error
+        while True:
+            self.wait(1)
+            try:
+                return ray.get(self._ready[0].actor.manifest.remote(plan.without_prompts()))
+            except RayTaskError as error:
+                raise _of_the_callers_making(error) from error
+            except RayError:  # it died while it had nothing to do
+                self._replace(self._ready[0])
 
     def wait(self, count: int | None = None) -> None:
         """Until `count` workers, or all, have loaded the models."""
@@ -218,7 +221,7 @@ class _Actor:
         """Load the models; prompt plus new tokens they hold."""
         _keep_to_cores(self._seat)
         engines = make()
-        self._local = LocalWorker(engines, Worker.here(self._number, self._seat.neighbours))
+        self._local = LocalWorker(engines, number=self._number, workers_on_host=self._seat.neighbours)
         return self._local.limit
 
     def manifest(self, plan: Plan) -> dict[str, Any]:

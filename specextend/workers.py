@@ -59,11 +59,11 @@ class LocalWorker:
 
     Args:
         engines: gives the engine of a method; asked again only when the method changes.
-        worker: who this process is.
+        number, workers_on_host: as its records name it, see `Worker`.
     """
 
-    def __init__(self, engines: Engines, worker: Worker | None = None):
-        self._engines, self._worker = engines, worker or Worker.here()
+    def __init__(self, engines: Engines, *, number: int = 0, workers_on_host: int = 1):
+        self._engines, self._place = engines, (number, workers_on_host)
         self._meter: Meter | None = None
 
     @property
@@ -85,7 +85,9 @@ class LocalWorker:
     def _meter_of(self, plan: Plan) -> Meter:
         plan = plan.without_prompts()
         if self._meter is None or self._meter.plan != plan:
-            self._meter = Meter(self._engines(plan.method), plan, environment()["commit"], self._worker)
+            engine = self._engines(plan.method)
+            worker = Worker.here(*self._place, engine.models.device)
+            self._meter = Meter(engine, plan, environment()["commit"], worker)
         return self._meter
 
 

@@ -57,6 +57,7 @@ class ScriptedEngine:
             draft_id="/home/someone/drafts/tiny",
             dtype=torch.float32,
             device=torch.device("cpu"),
+            ranks=1,
         )
     )
 

@@ -153,6 +153,8 @@ def test_a_worker_killed_from_outside_is_replaced_and_every_sample_measured_once
     assert "the worker died" in said and "it goes to another" in said
     crew.wait()
     assert len(crew) == 2 and killed[0] not in pids_of(crew)
+    os.kill(pids_of(crew)[0], signal.SIGKILL)  # one that has nothing to do
+    assert crew.manifest(plan)["setting"]["model"] == "bundled" and len(crew) == 2
 
 
 def test_a_sample_that_kills_its_worker_once_is_measured_elsewhere(crew, tmp_path):
