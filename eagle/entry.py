@@ -7,6 +7,7 @@ import argparse
 from eagle.models import load_models
 from eagle.weights import KINDS
 from specextend import cli
+from specextend.errors import ConfigError
 from specextend.models import LoadedModels
 
 
@@ -17,5 +18,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:
     """The target with an EAGLE head as draft, as the flags say."""
+    if cli.ranks_from(args):
+        raise ConfigError(
+            "an EAGLE head reads the target's embedding and readout, which --tensor_parallel spreads over devices; "
+            "draft with a small model (run_classic.py, eval_classic.py)"
+        )
     draft = getattr(args, "draft_model", None)
     return load_models(args.model_name, head=args.head, draft=draft, dtype=args.dtype, device=args.device)

@@ -52,7 +52,7 @@ def main() -> None:
     if figures.empty:
         sys.exit(f"no per-length files under {results}")
     goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures, results), *needle_goals(results)]
-    goals += [*memory_goals(results), *gpu_goals(results)]
+    goals += [*memory_goals(results), *gpu_goals(results), *scale_goals(results)]
     goals = [goal for goal in goals if not pd.isna(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
     print(json.dumps({"goals": len(goals), "met": sum(goal.is_met for goal in goals)}))
@@ -133,7 +133,9 @@ def rival_goals(figures: pd.DataFrame, results: Path) -> Iterator[Goal]:
                     if kept is None:
                         kept = accepted[SPECEXTEND][length] / accepted[WINDOW][length]
                     yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept)
-                best = decode.loc[length, others].astype(float)
+                best = decode.loc[length, others].astype(float).dropna()
+                if best.empty:
+                    continue
                 lead = decode[SPECEXTEND][length] / best.max()
                 yield Goal("decode speed, SpecExtend over the best other", f"{where} ({best.idxmax()})", 1.0, lead)
 
@@ -197,6 +199,20 @@ def gpu_goals(results: Path) -> Iterator[Goal]:
             yield Goal(name, where, bound, found.get(name, float("nan")), at_most)
         prefill = found.get("prefill_s_16k", float("nan")) / found.get("prefill_hf_s_16k", float("nan"))
         yield Goal("prefill_s_16k over Hugging Face's with sdpa", where, 1.0, prefill, at_most=True)
+
+
+def scale_goals(results: Path) -> Iterator[Goal]:
+    """What `bench_parallel.py` and `bench_ray.py` measured on two GPUs."""
+    for path, content in read_records(results, "parallel.json"):
+        for shape, kinds in content["shapes"].items():
+            shares = [kind["of_one"]["verify_ms"] for kind in kinds.values() if "of_one" in kind]
+            where = f"{path.parent.name}, {shape}, {content['effort']['tokens']} tokens"
+            best = min(shares, default=float("nan"))
+            yield Goal(f"verification by {content['ranks']} GPUs over one", where, 0.65, best, at_most=True)
+    for path, content in read_records(results, "ray.json"):
+        rates = {int(count): figures["samples_per_hour"] for count, figures in content["workers"].items()}
+        if content["setting"]["device"] == "cuda" and {1, 2} <= set(rates):
+            yield Goal("samples per hour of 2 Ray workers over 1", path.parent.name, 1.9, rates[2] / rates[1])
 
 
 def memory_goals(results: Path) -> Iterator[Goal]:

@@ -4,9 +4,9 @@
     python scripts/make_tables.py --html               # and REPORT.html, one file with the figures in it
     python scripts/make_tables.py --readme README.md   # and the short form between the README's results markers
 
-A table shows what was measured under one setting: same folder, data, models, dtype, hardware, tree, new tokens and
-temperature. Further methods of that setting follow below it, by length; then the paper's figures beside ours
-(`beside_paper.py`), the needles and the analyses.
+A table shows what was measured under one setting: same folder, data, models, dtype, hardware (and how many workers
+shared it), tree, new tokens and temperature. Further methods of that setting follow below it, by length; then the
+paper's figures beside ours (`beside_paper.py`), the needles and the analyses.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def read_results(results: Path) -> pd.DataFrame:
             continue
         setting = _setting_columns(content.pop("manifest"))
         place = {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
-        rows += [{**place, **setting, "length": length, **figures} for length, figures in content.items()]
+        for length, figures in content.items():
+            # part of the hardware: workers side by side are slower than one alone, and no table mixes the two
+            hardware = setting["hardware"] + _workers(figures.get("workers_on_host", [1]))
+            rows.append({**place, **setting, "hardware": hardware, "length": length, **figures})
     if not rows:
         return pd.DataFrame()
     figures = pd.json_normalize(rows).astype({"prompt_tokens.mean": float})
@@ -109,6 +112,13 @@ def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
         "max_gen_len": setting["max_gen_len"],
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }
+
+
+def _workers(on_host: list[int]) -> str:
+    """What is said of workers that shared a host, and nothing of one alone."""
+    if on_host == [1]:
+        return ""
+    return f", {' or '.join(map(str, on_host))} workers per host" + (" (speeds do not compare)" * (len(on_host) > 1))
 
 
 def _tree(tree: dict[str, Any]) -> str:
@@ -246,12 +256,12 @@ def methods_by_lengths(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 def fastest(rows: pd.DataFrame) -> str:
     """Which method wins at each length, decoding and end to end."""
     said = []
-    for length, group in rows.groupby("length", sort=False):
+    for length, group in rows.dropna(subset=["speedup_decode", "speedup"]).groupby("length", sort=False):
         winners = [
             group.loc[group[figure].astype(float).idxmax(), "method"] for figure in ("speedup_decode", "speedup")
         ]
         said.append(f"{length}: {winners[0]}, {winners[1]}")
-    return f"Fastest while decoding, and end to end, at {'; '.join(said)}."
+    return f"Fastest while decoding, and end to end, at {'; '.join(said)}." if said else "No speeds to compare."
 
 
 def number(values: pd.Series, digits: int = 2) -> pd.Series:

@@ -26,11 +26,11 @@ def method_figures(rows: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure
     methods = set(rows["method"])
     if methods & set(RIVALS):
         yield "acceptance", acceptance(rows, title)
-    if len(methods) > 2:
+    if len(methods) > 2 and rows["speedup_decode"].notna().any():
         yield "bars", speedups(rows, title)
     if "stages_s.verify" in rows and rows["stages_s.verify"].notna().any():
         yield "stages", stages(rows, title)
-    if set(ABLATION) <= methods:
+    if set(ABLATION) <= methods and rows["speedup"].notna().any():
         yield "ablation", ablation(rows, title)
     if (rows["max_gen_len"] > 1024).any():
         yield "output", by_output(rows, title)

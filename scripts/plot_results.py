@@ -42,7 +42,7 @@ def main() -> None:
         for kind, label, draw in (
             ("accepted", "accepted draft tokens per round", draw_accepted),
             ("speedup", "decoding speed-up over autoregressive", draw_speedup),
-        ):
+        )[: 2 if rows["speedup_decode"].notna().any() else 1]:
             figure = panels(rows, draw, title=title_of(run), label=label)
             written += save(figure, folder / f"{kind}_{name}")
     for run, rows in runs_of(figures):

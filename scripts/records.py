@@ -10,7 +10,7 @@ from typing import Any
 
 from specextend.bench import environment, write_json
 from specextend.engine import SpecExtend
-from specextend.evaluate import public_name
+from specextend.plan import public_name
 
 
 class Records:

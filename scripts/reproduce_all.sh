@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper]
+# Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper] [flags of Ray]
 #   bundled   the pair in this checkout, no download; some 40 minutes on two CPU cores (the default)
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
 # LONG, prompts per length up to 4K and beyond; PYTHON. PYTHON=echo shows the commands.
+# --ray, --ray_address, --cpus_per_worker and --max_workers spread the evaluations over GPUs or hosts: docs/scale.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-what=${1:-bundled}
+case ${1:-} in --*) what=bundled ;; *) what=${1:-bundled} && shift $(($# > 0)) ;; esac
+spread=("$@")
 python=${PYTHON:-.venv/bin/python}
 data=${DATA:-data} out=${OUT:-reproduced/$what}
 paper_tree="--nodes 50 --max_depth 10 --threshold 0.7 --min_probability 0"
@@ -19,7 +21,7 @@ measure() { # entry point, folder of the records, data set, methods, lengths, pr
     local script=$1 folder=$2 set=$3 methods=$4 lengths=$5 samples=$6
     shift 6
     "$python" "$script" --data_dir "$data/$set" --method $methods --lengths $lengths -n "$samples" \
-        --output_file "$out/$folder/${set}_{method}.json" "$@"
+        --output_file "$out/$folder/${set}_{method}.json" "$@" ${spread[@]+"${spread[@]}"}
 }
 
 bundled() {

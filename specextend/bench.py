@@ -33,9 +33,14 @@ if TYPE_CHECKING:
     from specextend.generate import Generation, Round
 
 T = TypeVar("T")
+CLOCKED = (  # figures of a length that depend on how fast the machine is
+    "avg_tokens_per_sec decode_tokens_per_sec tokens_per_sec autoregressive_decode_tokens_per_sec ttft_s speedup "
+    "speedup_decode speedup_mean_of_ratios stages_s token_s"
+).split()
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT_BUCKET = 1024  # tokens of the output per figure by position
-NOT_COMPARED = ("environment.commit", "environment.date")  # may change between the sessions that fill one journal
+# may change between the sessions that fill one journal; threads stand in every record
+NOT_COMPARED = ("environment.commit", "environment.date", "environment.threads")
 
 
 # --- what was measured, and where -----------------------------------------------------------------------------------
@@ -176,6 +181,36 @@ def _token_percentiles(generation: Generation) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class Worker:
+    """The process that measured a record, and what it had to itself.
+
+    Args:
+        id: number in the order of start within its run.
+        host: name of its machine.
+        workers_on_host: processes of its run on that machine, each with cores and a GPU of its own.
+        threads: of PyTorch.
+        processor: the GPU, else the CPU.
+    """
+
+    id: int
+    host: str
+    workers_on_host: int
+    threads: int
+    processor: str
+
+    @classmethod
+    def here(cls, number: int, workers_on_host: int, device: torch.device) -> Worker:
+        """This process, which computes on `device`."""
+        processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+        return cls(number, platform.node(), workers_on_host, torch.get_num_threads(), processor)
+
+    @property
+    def conditions(self) -> tuple[int, int, str]:
+        """What speeds must have in common to be compared."""
+        return self.workers_on_host, self.threads, self.processor
+
+
+@dataclass(frozen=True)
 class SampleRecord:
     """One prompt, generated once by the method and once autoregressively in the same process.
 
@@ -188,6 +223,7 @@ class SampleRecord:
         first_difference: index of the first new token that differs from the autoregressive one; None when all agree.
         commit: `environment()["commit"]` of the process that measured.
         answered_right: whether the answer is the prompt's own; None where nobody asked, or the model cannot answer.
+        worker: who measured it; None in records from before there was more than one.
     """
 
     bucket: str
@@ -205,6 +241,7 @@ class SampleRecord:
     autoregressive: Timing
     commit: dict[str, Any] | None
     answered_right: bool | None = None
+    worker: Worker | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -221,7 +258,8 @@ class SampleRecord:
     def from_json(cls, entry: dict[str, Any]) -> SampleRecord:
         fields = {name: value for name, value in entry.items() if name != "equal_to_autoregressive"}
         timings = {name: Timing.from_json(fields.pop(name)) for name in ("method", "autoregressive")}
-        return cls(**fields, **timings)
+        worker = fields.pop("worker", None)
+        return cls(**fields, **timings, worker=worker and Worker(**worker))
 
 
 def hash_tokens(token_ids: Sequence[int]) -> str:
@@ -267,6 +305,7 @@ class Journal:
 
     def append(self, record: SampleRecord) -> None:
         """Write a record through to the disk; the first one brings the manifest with it."""
+        assert self.find(record.key) is None, f"{record.key} is in {self.path} already"
         entries = [record.to_json()] if self.records else [self.manifest, record.to_json()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a" if self.records else "w", encoding="utf-8") as file:
@@ -331,12 +370,34 @@ def aggregate(records: Iterable[SampleRecord]) -> dict[str, dict[str, Any]]:
 
     Rates are ratios of totals (all tokens of a length over all its seconds) and speed-ups ratios of such rates, so that
     a short answer does not weigh as much as a long one; `speedup_mean_of_ratios` is the mean over records instead.
-    Spread is over samples, the runs of a sample pooled.
+    Spread is over samples, the runs of a sample pooled. Records whose workers' `conditions` differ have no speeds in
+    common: such figures are null.
     """
     buckets: defaultdict[str, list[SampleRecord]] = defaultdict(list)
     for record in records:
         buckets[record.bucket].append(record)
-    return {bucket: _aggregate_bucket(buckets[bucket]) for bucket in sorted(buckets, key=_nominal_tokens)}
+    figures = {}
+    for bucket in sorted(buckets, key=_nominal_tokens):
+        counts = sorted({_workers_on_host(record) for record in buckets[bucket]})
+        measured = _aggregate_bucket(buckets[bucket])
+        mixed = len(counts) > 1 or len({record.worker.conditions for record in buckets[bucket] if record.worker}) > 1
+        figures[bucket] = (_without_speeds(measured) if mixed else measured) | {"workers_on_host": counts}
+    return figures
+
+
+def _workers_on_host(record: SampleRecord) -> int:
+    return record.worker.workers_on_host if record.worker else 1
+
+
+def _without_speeds(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures, those that a clock had a part in emptied: they were taken under conditions that do not compare."""
+    kept = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            kept[name] = dict.fromkeys(value) if name in CLOCKED else _without_speeds(value)
+        else:
+            kept[name] = None if name in CLOCKED else value
+    return kept
 
 
 def _nominal_tokens(bucket: str) -> float:

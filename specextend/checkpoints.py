@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils import logging as transformers_logging
 
@@ -125,11 +126,16 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_causal_lm(
-    directory: Path, config: PreTrainedConfig, *, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharding: DistributedConfig | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode on `device`, its attention ours, every weight of the file used and none made up.
 
-    On a CPU its linear layers are packed (`packed.py`).
+    On a CPU its linear layers are packed (`packed.py`). With `sharding` it is this process's share (`parallel.py`).
 
     Keys that are rightly absent or superfluous (a tied `lm_head`, the `rotary_emb.inv_freq` of old files) are known
     to transformers and not reported by it.
@@ -145,10 +151,12 @@ def load_causal_lm(
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, by name
+                **({"distributed_config": sharding} if sharding else {}),
             )
         _check_keys(directory, report)
         model = model.requires_grad_(False).eval().to(device)
-        pack_linears(model)
+        if sharding is None:
+            pack_linears(model)
         return model
     except (MemoryError, *LOADING_ERRORS) as error:
         if _is_out_of_memory(error):

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 from rich.console import Console
 
+from specextend import parallel
 from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError, SpecExtendError
@@ -21,7 +22,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except SpecExtendError as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        if parallel.speaks():
+            print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -49,6 +51,23 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     group.add_argument("--eager", action="store_true", help="no CUDA graphs and fused kernels, which a GPU has else")
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a target on several GPUs (docs/scale.md)")
+    group.add_argument(
+        "--tensor_parallel", action="store_true", help="share the target among the processes of this torchrun"
+    )
+    group.add_argument("--check_ranks", action="store_true", help="compare their trees and logits in every round")
+
+
+def ranks_from(args: argparse.Namespace) -> parallel.Ranks | None:
+    """The processes that share the target, of whom this one is; None where the flags ask for none."""
+    if getattr(args, "tensor_parallel", False):
+        return parallel.join(args.device, check=args.check_ranks)
+    if getattr(args, "check_ranks", False):
+        raise ConfigError("--check_ranks is of no use without --tensor_parallel")
+    return None
 
 
 def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:

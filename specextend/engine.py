@@ -246,6 +246,8 @@ class SpecExtend:
         if self.config.draft == "none":
             return decode, decode
         if self.config.draft == "hugging_face":
+            if self.models.ranks > 1:
+                raise ConfigError("transformers' own loop has no cache for a sharded target; choose another --method")
             twin = plain_twin(self.models.target)
             return lambda sampling, ids, output: hugging_face(twin, chooser(sampling), ids, output), decode
         if drafter is None:
@@ -316,8 +318,8 @@ class SpecExtend:
 
 
 def can_capture(models: LoadedModels) -> bool:
-    """Whether rounds can be captured as CUDA graphs: on a GPU with Triton, for targets the kernels compute."""
-    if models.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Whether rounds can be captured as CUDA graphs: on one GPU with Triton, for targets the kernels compute."""
+    if models.device.type != "cuda" or models.ranks > 1 or importlib.util.find_spec("triton") is None:
         return False
     from specextend.blocks import fits
 
@@ -342,7 +344,7 @@ def _build_target(
 
         make = FusedPrefillTarget
     else:
-        make = Target
+        make = models.make_target
     return make(
         models.target,
         cache,

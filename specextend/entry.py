@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
-from specextend import cli
+from specextend import cli, parallel
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
-from specextend.errors import ConfigError
-from specextend.evaluate import Plan, evaluate, read_buckets, require_positive
+from specextend.errors import ConfigError, WorkerError
+from specextend.evaluate import evaluate
 from specextend.methods import METHODS, name_of
 from specextend.models import LoadedModels, find_preset, load_models
+from specextend.plan import Plan, read_buckets, require_positive
 from specextend.prepare import ensure_data
 from specextend.prompts import gather_prompts
 from specextend.report import Narrator
+from specextend.workers import LocalWorker, Workers
 
 NEW_TOKENS = 256
 # Short problems, long answers (the paper's "long-form reasoning"): the context grows while generating.
@@ -34,7 +39,10 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
     # a method that needs no draft does without where none is known
     needed = any(METHODS[name].drafts_with_model for name in cli.methods_from(args))
     with_draft = needed or bool(draft or find_preset(args.model_name).draft)
-    return load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft)
+    ranks = cli.ranks_from(args)
+    return load_models(
+        args.model_name, draft=draft, dtype=args.dtype, device=args.device, with_draft=with_draft, ranks=ranks
+    )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +58,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--output_result_line", action="store_true", help="print one JSON line per result")
     cli.add_method_flags(parser)
     cli.add_sampling_flags(parser)
+    cli.add_parallel_flags(parser)
 
 
 def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Answer the prompts the flags name."""
+    cli.ranks_from(args)  # before anything is printed
     sampling = cli.sampling_from(args)
     narrator = Narrator(verbose=args.verbose, result_line=args.output_result_line)
     with narrator.busy(f"loading {args.model_name}"):
@@ -66,6 +76,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))
             methods = {"autoregressive": engine.autoregressive, "standard": standard.generate} | methods
         narrator.answer(prompt, methods, max_new_tokens=args.max_gen_len, sampling=sampling, stop=args.stop)
+    parallel.leave()
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,12 +101,24 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         help="results/<data>_<model>_<method>.json without it; {method} in it stands for the name",
     )
     output.add_argument("--fresh", action="store_true", help="start over instead of resuming")
+    spread = parser.add_argument_group("spreading over processes and hosts (docs/scale.md)")
+    spread.add_argument("--ray", action="store_true", help="one worker per GPU, or per --cpus_per_worker, by Ray")
+    spread.add_argument("--ray_address", help="of a Ray cluster that runs, host:port or auto; else one is started")
+    spread.add_argument(
+        "--cpus_per_worker", type=int, help="cores each worker has to itself; 1, beside a GPU its share of the host's"
+    )
+    spread.add_argument("--max_workers", type=int, help="workers at most; all that fit without it")
     cli.add_method_flags(parser, several=True)
     cli.add_sampling_flags(parser)
+    cli.add_parallel_flags(parser)
 
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
+    ranks = cli.ranks_from(args)
+    if ranks and ranks.rank:
+        parallel.follow(Engines(args, load))
+        return parallel.leave()
     typed = getattr(args, "max_gen_len", 1)
     require_positive(
         samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=typed
@@ -105,20 +128,64 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     reasoning = data_dir.resolve().name in REASONING
     sampling = cli.sampling_from(args, REASONING_TEMPERATURE if reasoning else 0.0)
     outputs = _output_files(args.output_file, cli.methods_from(args))
-    models = load()
-    engine = SpecExtend(models, cli.config_from(args, models), eager=args.eager)
-    new_tokens = min(REASONING_TOKENS, engine.fits(PROBLEM_TOKENS)) if reasoning else NEW_TOKENS
-    plan = Plan(
-        data=data_dir.resolve().name,
-        buckets=buckets,
-        runs_per_sample=args.runs_per_sample,
-        max_new_tokens=getattr(args, "max_gen_len", new_tokens),
-        sampling=sampling,
+    failed = []
+    with _workers(args, partial(Engines, args, load)) as workers:
+        new_tokens = min(REASONING_TOKENS, workers.limit - PROBLEM_TOKENS) if reasoning else NEW_TOKENS
+        for method, output_file in outputs.items():
+            plan = Plan(
+                data=data_dir.resolve().name,
+                buckets=buckets,
+                runs_per_sample=args.runs_per_sample,
+                max_new_tokens=getattr(args, "max_gen_len", new_tokens),
+                sampling=sampling,
+                method=method,
+            )
+            summary = evaluate(workers, plan, output_file, fresh=args.fresh)
+            failed += [f"{method}, {one}" for one in summary.get("failed", ())]
+            print(json.dumps(summary))
+    parallel.leave()
+    if failed:
+        raise WorkerError(
+            f"{len(failed)} samples could not be measured: {'; '.join(failed)}. The rest is in the results; the same "
+            "command tries them again"
+        )
+
+
+class Engines:
+    """The models that the flags name, loaded once, under one method after the other."""
+
+    def __init__(self, args: argparse.Namespace, load: Callable[[], LoadedModels]):
+        self._args, self._models = args, load()
+        self._engine = SpecExtend(self._models, cli.config_from(args, self._models), eager=args.eager)
+
+    def __call__(self, method: str | None) -> SpecExtend:
+        """The engine of `method`, None for the first of the flags; its target's cache is the others' too."""
+        if method is None:
+            return self._engine
+        config = cli.config_from(self._args, self._models, method)
+        return self._engine if config == self._engine.config else self._engine.with_config(config)
+
+
+def _workers(args: argparse.Namespace, make: Callable[[], Engines]) -> AbstractContextManager[Workers]:
+    """Who measures: this process, or those that the flags ask Ray for."""
+    if not (args.ray or args.ray_address):
+        for flag in ("cpus_per_worker", "max_workers"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"--{flag} is of no use without --ray")
+        return parallel.Leader(make()) if args.tensor_parallel else nullcontext(LocalWorker(make()))
+    if args.tensor_parallel:
+        raise ConfigError("--ray and --tensor_parallel cannot be combined: a worker of Ray has one device")
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray, which is not installed; run: pip install ray")
+    from specextend.ray_workers import RayWorkers
+
+    return RayWorkers(
+        make,
+        address=args.ray_address,
+        device=args.device,
+        cpus_per_worker=args.cpus_per_worker,
+        max_workers=args.max_workers,
     )
-    for index, (method, output_file) in enumerate(outputs.items()):
-        if index:
-            engine = engine.with_config(cli.config_from(args, models, method))
-        print(json.dumps(evaluate(engine, plan, output_file, fresh=args.fresh)))
 
 
 def _output_files(template: Path | None, methods: list[str]) -> dict[str, Path | None]:

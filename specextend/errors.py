@@ -24,5 +24,9 @@ class CapacityError(SpecExtendError):
     """More tokens than the model or the memory can hold."""
 
 
+class WorkerError(SpecExtendError):
+    """Samples that no worker could measure, or no worker left to measure them."""
+
+
 class DeviceError(SpecExtendError):
     """A device that is not there, or a dtype it cannot run."""

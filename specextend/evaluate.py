@@ -1,173 +1,43 @@
-"""Sweeping a data set's length buckets: every prompt once by the method, once autoregressively, in one process.
+"""An evaluation: what the journal lacks is handed to workers, and what they measure is written down.
 
-The two take turns, and who goes first alternates, so that a machine that slows down slows both. Records go to a
-journal (`<output>.jsonl`) as they are measured; the per-length figures (`<output>.json`) are derived from it.
+Each prompt is decoded once by the method and once autoregressively by the same process. The two take turns, and who
+goes first alternates, so that a machine that slows down slows both. Records go to a journal (`<output>.jsonl`) as they
+are measured; the per-length figures (`<output>.json`) are derived from it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specextend.answers import is_right
-from specextend.bench import (
-    OUTPUT_BUCKET,
-    ROOT,
-    Journal,
-    SampleRecord,
-    Timing,
-    aggregate,
-    environment,
-    first_difference,
-    write_json,
-)
-from specextend.config import SamplingConfig
-from specextend.data import Prompt, cut_to_fit, find_buckets, read_prompts
-from specextend.errors import ConfigError, InputError
-from specextend.methods import name_of
+from specextend.bench import OUTPUT_BUCKET, Journal, SampleRecord, aggregate, write_json
+from specextend.errors import ConfigError
+from specextend.plan import Plan, Task, default_output, label
+from specextend.workers import Failure, Workers
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from specextend import SpecExtend
-
-WARM_UP_PROMPT_TOKENS = 1024
-WARM_UP_NEW_TOKENS = 8
 DECODE_COST = 16  # one new token takes about as long as 16 prompt tokens; only the remaining time shown depends on it
 
 
-# --- what to measure ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """One prompt to be measured once; `key` is (bucket, sample, run)."""
-
-    key: tuple[str, int, int]
-    prompt: Prompt
-    seed: int
-
-    @property
-    def prompt_sha256(self) -> str:
-        return hashlib.sha256(self.prompt.text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one evaluation measures.
-
-    Args:
-        data: name of the data set.
-        buckets: prompts by nominal length, shortest first.
-        runs_per_sample: how often each prompt is measured.
-        max_new_tokens: new tokens per generation at most.
-        sampling: of method and baseline alike; run r of sample i uses seed + 1000 i + r.
-    """
-
-    data: str
-    buckets: dict[str, list[Prompt]]
-    runs_per_sample: int = 2
-    max_new_tokens: int = 256
-    sampling: SamplingConfig = SamplingConfig()
-
-    def __post_init__(self) -> None:
-        require_positive(runs_per_sample=self.runs_per_sample, max_gen_len=self.max_new_tokens)
-
-    def tasks(self) -> Iterator[Task]:
-        for bucket, prompts in self.buckets.items():
-            for sample, prompt in enumerate(prompts):
-                for run in range(self.runs_per_sample):
-                    yield Task((bucket, sample, run), prompt, self.sampling.seed + 1000 * sample + run)
-
-
-def require_positive(**settings: int) -> None:
-    """ConfigError for the first setting below 1."""
-    for name, value in settings.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-
-
-def read_buckets(data_dir: Path, samples_per_length: int, lengths: Sequence[str] = ()) -> dict[str, list[Prompt]]:
-    """The first prompts of each length bucket of a data set, of the `lengths` asked for or of all."""
-    require_positive(samples_per_length=samples_per_length)
-    paths = find_buckets(data_dir)
-    unknown = [length for length in lengths if length not in paths]
-    if unknown:
-        raise InputError(f"{data_dir} has no length {', '.join(unknown)}; it has {', '.join(paths)}")
-    return {
-        bucket: read_prompts(path, limit=samples_per_length)
-        for bucket, path in paths.items()
-        if not lengths or bucket in lengths
-    }
-
-
-def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
-    """All that decides the numbers besides hardware, versions and prompts; a journal holds records of one setting."""
-    models = engine.models
-    return {
-        "data": plan.data,
-        "model": public_name(models.name),
-        "target": public_name(models.target_id),
-        "draft": public_name(models.draft_id or "none"),
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "device": models.device.type,
-        "method": name_of(engine.config),
-        "config": asdict(engine.config),
-        "sampling": asdict(plan.sampling),
-        "seeds": "seed + 1000 * sample + run, the same for method and baseline",
-        "max_gen_len": plan.max_new_tokens,
-        "warm_up": {
-            "generations": "one by the method and one autoregressively per length, not measured",
-            "prompt_tokens": WARM_UP_PROMPT_TOKENS,
-            "new_tokens": WARM_UP_NEW_TOKENS,
-        },
-        "order": "method and baseline take turns on each prompt; who is first alternates",
-    }
-
-
-def default_output(setting: dict[str, Any], directory: Path = Path("results")) -> Path:
-    """`results/<data>_<model>_<method>.json`, with the temperature in the name when it is not 0."""
-    temperature = setting["sampling"]["temperature"]
-    parts = [
-        setting["data"],
-        Path(setting["model"]).name,
-        setting["method"],
-        *([f"t{temperature:g}"] * (temperature > 0)),
-    ]
-    return directory / f"{'_'.join(parts)}.json"
-
-
-def public_name(model: str) -> str:
-    """A hub id as it is, a local path without what lies above the checkout or the model's own folder."""
-    path = Path(model)
-    if not path.is_absolute():
-        return model
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
-# --- measuring ------------------------------------------------------------------------------------------------------
-
-
 def evaluate(
-    engine: SpecExtend,
+    workers: Workers,
     plan: Plan,
     output_file: Path | None = None,
     *,
     fresh: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Measure what the journal lacks, write the per-length JSON after each bucket, return the summary.
+    """Have `workers` measure what the journal lacks, write the per-length JSON after each length, return the summary.
 
-    Ctrl-C keeps what was measured, writes the JSON for it and exits with status 130.
+    Ctrl-C keeps what was measured, writes the JSON for it and exits with status 130. Tasks that were given up stand in
+    the summary as "failed"; the same plan tries them again.
 
     Args:
         output_file: the per-length JSON; the journal lies beside it. None: `default_output`.
@@ -175,16 +45,20 @@ def evaluate(
         console: where progress and the final table go.
     """
     console = console or stdout_console()
-    manifest = {"setting": setting_of(engine, plan), "environment": environment()}
+    manifest = workers.manifest(plan)
     output_file = output_file or default_output(manifest["setting"])
     journal = _open_journal(output_file, manifest, fresh=fresh)
     todo = _pending(plan, journal)
-    meter = Meter(engine, plan, commit=manifest["environment"]["commit"])
+    failed: list[str] = []
     try:
         with Reporter(console, todo, plan) as reporter:
-            for bucket in plan.buckets:
-                _measure_bucket(meter, [task for task in todo if task.key[0] == bucket], journal, reporter)
-                write_json(output_file, per_length(journal))
+            for task, outcome in _by_length(workers.measure(plan, todo, reporter), todo, output_file, journal):
+                if isinstance(outcome, Failure):
+                    failed.append(f"{label(task)} ({outcome.reason})")
+                    reporter.note(f"given up: {failed[-1]}")
+                else:
+                    journal.append(outcome)
+                    reporter.finish(task, outcome)
     except KeyboardInterrupt:
         kept = f"{len(journal.records)} records kept in {journal.path}" if journal.records else "nothing measured yet"
         print(f"Interrupted: {kept}; the same command resumes", file=sys.stderr)
@@ -196,7 +70,19 @@ def evaluate(
     console.print(results_table(report))
     if plan.max_new_tokens > OUTPUT_BUCKET:
         console.print(output_table(report))
-    return summarize(report, output_file, journal.path)
+    return summarize(report, output_file, journal.path) | ({"failed": failed} if failed else {})
+
+
+def _by_length(
+    outcomes: Iterator[tuple[Task, SampleRecord | Failure]], todo: list[Task], output_file: Path, journal: Journal
+) -> Iterator[tuple[Task, SampleRecord | Failure]]:
+    """`outcomes`, the per-length JSON being written whenever those of a length are complete."""
+    missing = Counter(task.key[0] for task in todo)
+    for task, outcome in outcomes:
+        yield task, outcome
+        missing[task.key[0]] -= 1
+        if not missing[task.key[0]] and journal.records:
+            write_json(output_file, per_length(journal))
 
 
 def _open_journal(output_file: Path, manifest: dict[str, Any], *, fresh: bool) -> Journal:
@@ -222,77 +108,6 @@ def _pending(plan: Plan, journal: Journal) -> list[Task]:
                 "Pass --fresh to start over or another --output_file"
             )
     return todo
-
-
-def _measure_bucket(meter: Meter, tasks: list[Task], journal: Journal, reporter: Reporter) -> None:
-    if tasks:
-        reporter.begin(tasks[0], "warm-up before")
-        meter.warm_up(tasks[0].prompt)
-    for task in tasks:
-        reporter.begin(task, "measuring")
-        record = meter.measure(task)
-        journal.append(record)
-        reporter.finish(task, record)
-
-
-@dataclass(frozen=True)
-class Meter:
-    """Measures method and baseline on one prompt after the other.
-
-    Args:
-        commit: `environment()["commit"]` of this process.
-    """
-
-    engine: SpecExtend
-    plan: Plan
-    commit: dict[str, Any] | None
-
-    def warm_up(self, prompt: Prompt) -> None:
-        """A short generation of either kind, not measured: kernels are loaded, threads started, memory is in place."""
-        ids, _ = self._prompt_ids(prompt)
-        new_tokens = min(WARM_UP_NEW_TOKENS, self.plan.max_new_tokens)
-        for generate in (self.engine.autoregressive, self.engine.generate):
-            generate(ids[:WARM_UP_PROMPT_TOKENS], new_tokens, sampling=self.plan.sampling)
-
-    def measure(self, task: Task) -> SampleRecord:
-        """Exactly one generation by the method and one autoregressively, of the same prompt with the same seed."""
-        bucket, sample, run = task.key
-        ids, cut = self._prompt_ids(task.prompt)
-        sampling = replace(self.plan.sampling, seed=task.seed)
-        turns = [("autoregressive", self.engine.autoregressive), ("method", self.engine.generate)]
-        if (sample + run) % 2:
-            turns.reverse()
-        done = {name: generate(ids, self.plan.max_new_tokens, sampling=sampling) for name, generate in turns}
-        method, baseline = done["method"], done["autoregressive"]
-        return SampleRecord(
-            bucket=bucket,
-            sample=sample,
-            run=run,
-            seed=task.seed,
-            source=Path(task.prompt.source).name,
-            prompt_sha256=task.prompt_sha256,
-            prompt_tokens=len(ids),
-            cut=cut,
-            accepted=[one_round.accepted for one_round in method.rounds],
-            drafted=[one_round.drafted for one_round in method.rounds],
-            first_difference=first_difference(method.token_ids, baseline.token_ids),
-            method=Timing.of(method),
-            autoregressive=Timing.of(baseline),
-            commit=self.commit,
-            answered_right=self._is_right(method.text, task.prompt),
-        )
-
-    def _is_right(self, text: str, prompt: Prompt) -> bool | None:
-        """The bundled model knows nothing: its hits would be luck, and are not counted."""
-        if "answer" not in prompt.extra or self.engine.models.name == "bundled":
-            return None
-        return is_right(text, str(prompt.extra["answer"]))
-
-    def _prompt_ids(self, prompt: Prompt) -> tuple[Tensor, bool]:
-        """[N] prompt ids that leave room for the new tokens, and whether the middle had to go for it."""
-        ids = self.engine.encode(prompt.text)
-        limit = self.engine.fits(self.plan.max_new_tokens)
-        return (cut_to_fit(ids, limit), True) if len(ids) > limit else (ids, False)
 
 
 # --- reporting ------------------------------------------------------------------------------------------------------
@@ -423,11 +238,12 @@ class Reporter:
         if not self._console.is_terminal:
             self._console.print(f"{self._label(task)}: {figures}", soft_wrap=True)
 
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        self._console.print(line, soft_wrap=True, markup=False)
+
     def _label(self, task: Task) -> str:
-        bucket, sample, run = task.key
-        return (
-            f"{bucket} sample {sample + 1}/{len(self._plan.buckets[bucket])} run {run + 1}/{self._plan.runs_per_sample}"
-        )
+        return label(task, len(self._plan.buckets[task.key[0]]), self._plan.runs_per_sample)
 
     def _work(self, task: Task) -> float:
         """Rough cost of a task in prompt tokens, four characters each."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,7 +28,11 @@ from specextend.checkpoints import (
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.drafter import ClassicDrafter, Drafter
 from specextend.errors import ConfigError, DeviceError, ModelError
+from specextend.target import Target
 from specextend.turns import Turn
+
+if TYPE_CHECKING:
+    from specextend.parallel import Ranks
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 DTYPES = {
@@ -85,6 +90,7 @@ class LoadedModels:
         vocab_size: ids both models know; logits beyond it are padding and must never be proposed.
         drafter: makes the drafter of a setting out of `draft`.
         turn: held by each generation, whatever engine runs it.
+        ranks: processes that share the target (`parallel.py`); make_target: makes it, as `Target` does for one.
     """
 
     name: str
@@ -101,11 +107,14 @@ class LoadedModels:
     draft_id: str | None
     drafter: Callable[[nn.Module, SpecExtendConfig, int], Drafter] = ClassicDrafter
     turn: Turn = field(default_factory=Turn, repr=False, compare=False)
+    ranks: int = 1
+    make_target: Callable[..., Target] = Target
 
 
 def load_models(
-    name_or_path: str, *, draft: str | None = None, dtype: str = "auto", device: str = "auto", with_draft: bool = True
-) -> LoadedModels:
+    name_or_path: str, *, draft: str | None = None, dtype: str = "auto", device: str = "auto", with_draft: bool = True,
+    ranks: Ranks | None = None,
+) -> LoadedModels:  # fmt: skip
     """Load a target with its draft.
 
     Args:
@@ -114,9 +123,10 @@ def load_models(
         dtype: "auto" (fp32 on a CPU, the target checkpoint's own on a GPU) or one of `DTYPES`, for both models.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
         with_draft: False loads the target alone, for autoregressive decoding and for EAGLE heads.
+        ranks: the processes that share the target, of which each loads the whole draft; they know their devices.
     """
     preset = find_preset(name_or_path)
-    chosen_device = choose_device(device)
+    chosen_device = ranks.device if ranks else choose_device(device)
     draft_id = _draft_id(preset, draft) if with_draft else None
     target_dir = find_checkpoint(preset.target)
     draft_dir = find_checkpoint(draft_id) if draft_id else None
@@ -131,8 +141,12 @@ def load_models(
         vocab_size = check_vocabularies(target_config, tokenizer, draft_config, draft_tokenizer)
 
     placement = {"dtype": chosen_dtype, "device": chosen_device}
-    _check_room(preset.name, [config for config in (target_config, draft_config) if config], **placement)
-    target = load_causal_lm(target_dir, target_config, **placement)
+    sizes = [weight_bytes(config, chosen_dtype) for config in (target_config, draft_config) if config]
+    _check_room(preset.name, [sizes[0] // (ranks.count if ranks else 1), *sizes[1:]], **placement)
+    if ranks:
+        target = ranks.load(target_dir, target_config, chosen_dtype)
+    else:
+        target = load_causal_lm(target_dir, target_config, **placement)
     return LoadedModels(
         name=preset.name,
         preset=replace(preset, template=preset.template or _own_template(tokenizer)),
@@ -146,6 +160,7 @@ def load_models(
         dtype=chosen_dtype,
         target_id=public_id(preset.target),
         draft_id=public_id(draft_id) if draft_id else None,
+        **({"ranks": ranks.count, "make_target": ranks.make_target} if ranks else {}),
     )
 
 
@@ -280,9 +295,8 @@ def _check_same_tokens(target: PreTrainedTokenizerBase, draft: PreTrainedTokeniz
             )
 
 
-def _check_room(name: str, configs: list[PreTrainedConfig], dtype: torch.dtype, device: torch.device) -> None:
+def _check_room(name: str, sizes: list[int], dtype: torch.dtype, device: torch.device) -> None:
     """Room for all weights on the device and, as each model is read there first, for the largest on the host."""
-    sizes = [weight_bytes(config, dtype) for config in configs]
     check_memory(name, sum(sizes), dtype, device)
     if device.type == "cuda":
         check_memory(name, max(sizes), dtype, torch.device("cpu"))

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from specextend.config import TreeConfig
-from specextend.kernels import elementwise, linear, scores, tree, tree_attention
+from specextend.kernels import elementwise, linear, reduce, scores, tree, tree_attention
 from specextend.kernels.elementwise import KeyValue, Norm, Placement
 
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -55,6 +55,11 @@ def launch_all(rows: int) -> None:
         query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, alive=alive
     )
     scores.attention_row(query, empty(32, rows, dtype=torch.float32), length, cache.keys, length, 0.1)
+    addresses = empty(2, dtype=torch.int64)
+    signals = reduce.Signals(addresses, empty(128, dtype=torch.int32), 1)
+    for hidden in (4096, 8192):
+        for how in (None, signals):
+            reduce.add_and_norm(addresses, empty(rows, hidden), Norm(empty(hidden), 1e-5), how)
     elementwise.gate(empty(rows, 22016))
     elementwise.place(empty(rows, 12288), newest, cache)
     if rows > 1:

@@ -16,6 +16,7 @@ from specextend.bench import (
     SampleRecord,
     Stretch,
     Timing,
+    Worker,
     aggregate,
     environment,
     first_difference,
@@ -285,8 +286,13 @@ def test_aggregate_of_single_token_outputs_has_no_decoding_speed():
 # --- tables and figures ---------------------------------------------------------------------------------------------
 
 
-def write_results(path: Path, method: str, gain: float, *, lengths=("512", "1K", "16K"), **setting) -> None:
-    """A per-length file whose method accepts `gain` drafts in every round and decodes `gain` times as fast as AR."""
+def write_results(
+    path: Path, method: str, gain: float, *, lengths=("512", "1K", "16K"), workers: tuple[int, ...] = (1,), **setting
+) -> None:
+    """A per-length file whose method accepts `gain` drafts in every round and decodes `gain` times as fast as AR.
+
+    `workers`: how many there were on the host, in turns of samples.
+    """
     records = [
         record(
             length,
@@ -295,6 +301,7 @@ def write_results(path: Path, method: str, gain: float, *, lengths=("512", "1K",
             accepted=[round(gain)] * 10,
             method=timing(257, 1.0, (8 + sample) / gain),
             autoregressive=timing(257, 1.0, 8.0 + sample),
+            worker=Worker(sample, "host", workers[sample % len(workers)], 1, "cpu"),
         )
         for index, length in enumerate(lengths)
         for sample in range(3)
@@ -347,6 +354,39 @@ def test_tables_put_standard_and_specextend_side_by_side(results, tmp_path):
     assert re.search(r"^\| govreport, 16K \| 2\.00 → 3\.00 \| 2\.00 → 3\.00 \|$", text, re.M)
     run_script("make_tables.py", "--results", results, "--readme", readme)
     assert readme.read_text() == text
+
+
+def test_tables_never_put_speeds_of_different_worker_counts_together(tmp_path):
+    write_results(tmp_path / "standard.json", "standard", 2.0)
+    write_results(tmp_path / "specextend.json", "specextend", 3.0, workers=(2,))
+    write_results(tmp_path / "mixed.json", "triforce", 4.0, workers=(2, 1))
+    for script in ("make_tables.py", "plot_results.py"):
+        done = run_script(script, "--results", tmp_path)
+        assert done.returncode == 0, done.stderr
+    report = (tmp_path / "REPORT.md").read_text()
+    one, mixed, two = (section.splitlines() for section in report.split("\n## ")[1:])
+    assert "workers" not in one[0] and "; tree" in one[0]
+    assert ", 1 or 2 workers per host (speeds do not compare); tree" in mixed[0] and ", 2 workers per host; " in two[0]
+    (line,) = (line for line in one if line.startswith("| 16K | 8,000"))
+    assert "| 2.00 |" in line and "3.00" not in line
+    assert "| TriForce |" in "\n".join(mixed).replace("triforce", "TriForce")
+    assert any("4.00" in line for line in mixed) and not any(re.search(r"\d\.\d\d \(", line) for line in mixed)
+
+
+def test_figures_that_a_clock_had_no_part_in_outlive_a_mixture_of_workers():
+    def measured(workers: int, threads: int) -> SampleRecord:
+        return record(sample=threads, run=workers, worker=Worker(0, "host", workers, threads, "cpu"))
+
+    for other in (measured(2, 1), measured(1, 2)):
+        found = aggregate([measured(1, 1), other])["1K"]
+        FILE_SCHEMA.validate(json.loads(json.dumps({"1K": found})) | {"manifest": {**manifest(), "commits": [None]}})
+        assert found["avg_accept_length"] == 2 and found["spread"]["avg_accept_length"]["p90"] == 2
+        assert found["speedup"] is found["ttft_s"] is found["autoregressive"]["tokens_per_sec"] is None
+        assert found["spread"]["speedup_decode"]["p10"] is None and set(found["stages_s"].values()) == {None}
+    alike = aggregate([measured(2, 1), record(sample=5, worker=Worker(1, "other", 2, 1, "cpu"))])["1K"]
+    assert alike["speedup"] and alike["workers_on_host"] == [2]
+    before = aggregate([record(), measured(1, 1)])["1K"]  # records from before workers had names
+    assert before["speedup"] and aggregate([record(), measured(2, 1)])["1K"]["speedup"] is None
 
 
 def test_tables_leave_gaps_for_what_was_not_measured(tmp_path):

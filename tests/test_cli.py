@@ -100,7 +100,7 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     (problems / "aime24.jsonl").write_text('{"id": 0, "problem": "What is 1 + 1?", "answer": "2"}\n')
     plans = []
     monkeypatch.setattr(entry, "evaluate", lambda engine, plan, *_, **__: plans.append(plan) or {})
-    monkeypatch.setattr(entry, "SpecExtend", lambda *_, **__: SimpleNamespace(fits=lambda tokens: 5000 - tokens))
+    monkeypatch.setattr(entry, "SpecExtend", lambda *_, **__: SimpleNamespace(limit=5000))
     preset = Preset("tiny", "tiny", None)
 
     def plan_of(*flags: str):

@@ -2,7 +2,10 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +19,11 @@ import eval_classic
 from specextend import entry
 from specextend.bench import ROOT, SampleRecord
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.errors import ConfigError, InputError
-from specextend.evaluate import WARM_UP_NEW_TOKENS, Plan, default_output, evaluate, read_buckets, setting_of
+from specextend.errors import ConfigError, InputError, WorkerError
+from specextend.evaluate import evaluate
 from specextend.generate import Generation, Round
+from specextend.plan import WARM_UP_NEW_TOKENS, Plan, default_output, read_buckets, setting_of
+from specextend.workers import Failure, LocalWorker
 
 SCHEMA = json.loads((ROOT / "results" / "schema.json").read_text())
 
@@ -52,6 +57,7 @@ class ScriptedEngine:
             draft_id="/home/someone/drafts/tiny",
             dtype=torch.float32,
             device=torch.device("cpu"),
+            ranks=1,
         )
     )
 
@@ -100,6 +106,10 @@ def plan_of(data_dir: Path, samples: int = 3, runs: int = 1, lengths: Sequence[s
     return Plan("toy", buckets, runs_per_sample=runs, max_new_tokens=25, **settings)
 
 
+def by(engine: ScriptedEngine) -> LocalWorker:
+    return LocalWorker(lambda method: engine)
+
+
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=120)
 
@@ -123,7 +133,7 @@ def stop_before(call_number: int, error: type[BaseException]) -> Callable[[Call]
 
 def test_evaluate_writes_valid_figures_per_length(data_dir, tmp_path):
     output = tmp_path / "out" / "toy.json"
-    summary = evaluate(ScriptedEngine(), plan_of(data_dir, runs=2), output, console=quiet())
+    summary = evaluate(by(ScriptedEngine()), plan_of(data_dir, runs=2), output, console=quiet())
 
     report = json.loads(output.read_text())
     Draft202012Validator(SCHEMA).validate(report)
@@ -143,7 +153,7 @@ def test_evaluate_writes_valid_figures_per_length(data_dir, tmp_path):
 
 def test_one_run_costs_one_generation_of_each_kind_and_a_short_warm_up_per_length(data_dir, tmp_path):
     engine = ScriptedEngine()
-    evaluate(engine, plan_of(data_dir), tmp_path / "toy.json", console=quiet())
+    evaluate(by(engine), plan_of(data_dir), tmp_path / "toy.json", console=quiet())
     assert sorted(call.kind for call in engine.measured()) == ["autoregressive"] * 6 + ["method"] * 6
     warm_ups = [(call.kind, call.prompt_tokens) for call in engine.calls if call not in engine.measured()]
     assert warm_ups == [(kind, prompt_tokens) for prompt_tokens in (100, 1024) for kind in ("autoregressive", "method")]
@@ -154,7 +164,7 @@ def test_one_run_costs_one_generation_of_each_kind_and_a_short_warm_up_per_lengt
 def test_runs_of_a_sample_differ_in_their_seed_which_method_and_baseline_share(data_dir, tmp_path):
     engine = ScriptedEngine()
     sampling = SamplingConfig(temperature=0.8, seed=7)
-    evaluate(engine, plan_of(data_dir, 2, 2, ["128"], sampling=sampling), tmp_path / "toy.json", console=quiet())
+    evaluate(by(engine), plan_of(data_dir, 2, 2, ["128"], sampling=sampling), tmp_path / "toy.json", console=quiet())
     for kind in ("method", "autoregressive"):
         assert [call.seed for call in engine.measured() if call.kind == kind] == [7, 8, 1007, 1008]
     assert [record.seed for record in records_of(tmp_path / "toy.json")] == [7, 8, 1007, 1008]
@@ -162,7 +172,7 @@ def test_runs_of_a_sample_differ_in_their_seed_which_method_and_baseline_share(d
 
 def test_outputs_that_differ_are_counted_and_located(data_dir, tmp_path):
     output = tmp_path / "toy.json"
-    evaluate(ScriptedEngine(wrong_seeds=(1001,)), plan_of(data_dir, 3, 2, ["128"]), output, console=quiet())
+    evaluate(by(ScriptedEngine(wrong_seeds=(1001,))), plan_of(data_dir, 3, 2, ["128"]), output, console=quiet())
     figures = json.loads(output.read_text())["128"]
     assert (figures["equal_to_autoregressive"], figures["samples"]) == (2, 3)
     assert [record.first_difference for record in records_of(output)] == [None, None, None, 1, None, None]
@@ -171,7 +181,7 @@ def test_outputs_that_differ_are_counted_and_located(data_dir, tmp_path):
 def test_prompts_too_long_for_the_models_are_cut_and_marked(data_dir, tmp_path):
     output = tmp_path / "toy.json"
     engine = ScriptedEngine(limit=500)
-    evaluate(engine, plan_of(data_dir, 1), output, console=quiet())
+    evaluate(by(engine), plan_of(data_dir, 1), output, console=quiet())
     assert [(record.bucket, record.cut, record.prompt_tokens) for record in records_of(output)] == [
         ("128", False, 100),
         ("1K", True, 475),
@@ -185,19 +195,21 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(data_dir, tmp_path):
     output = tmp_path / "toy.json"
     # Dies inside the fifth sample, and its last line is torn.
     with pytest.raises(MemoryError):
-        evaluate(ScriptedEngine(before_call=stop_before(9, MemoryError)), plan_of(data_dir), output, console=quiet())
+        evaluate(
+            by(ScriptedEngine(before_call=stop_before(9, MemoryError))), plan_of(data_dir), output, console=quiet()
+        )
     assert len(records_of(output)) == 4
     journal = output.with_suffix(".jsonl")
     journal.write_bytes(journal.read_bytes()[:-20])
 
     engine = ScriptedEngine()
-    evaluate(engine, plan_of(data_dir), output, console=quiet())
+    evaluate(by(engine), plan_of(data_dir), output, console=quiet())
     assert [record.key for record in records_of(output)] == [
         (bucket, sample, 0) for bucket in ("128", "1K") for sample in range(3)
     ]
     assert len(engine.measured()) == 2 * 3  # the torn one and the two missing
     again = ScriptedEngine()
-    evaluate(again, plan_of(data_dir), output, console=quiet())
+    evaluate(by(again), plan_of(data_dir), output, console=quiet())
     assert again.calls == [] and json.loads(output.read_text())["1K"]["samples"] == 3
 
 
@@ -205,7 +217,7 @@ def test_ctrl_c_keeps_the_records_writes_the_figures_and_exits_130(data_dir, tmp
     output = tmp_path / "toy.json"
     engine = ScriptedEngine(before_call=stop_before(4, KeyboardInterrupt))
     with pytest.raises(SystemExit) as stopped:
-        evaluate(engine, plan_of(data_dir), output, console=quiet())
+        evaluate(by(engine), plan_of(data_dir), output, console=quiet())
     assert stopped.value.code == 130
     assert len(records_of(output)) == 1 and json.loads(output.read_text())["128"]["runs"] == 1
     message = capsys.readouterr().err
@@ -215,35 +227,35 @@ def test_ctrl_c_keeps_the_records_writes_the_figures_and_exits_130(data_dir, tmp
 def test_ctrl_c_before_the_first_record_leaves_nothing(data_dir, tmp_path):
     engine = ScriptedEngine(before_call=stop_before(1, KeyboardInterrupt))
     with pytest.raises(SystemExit):
-        evaluate(engine, plan_of(data_dir), tmp_path / "out" / "toy.json", console=quiet())
+        evaluate(by(engine), plan_of(data_dir), tmp_path / "out" / "toy.json", console=quiet())
     assert not (tmp_path / "out").exists()
 
 
 def test_another_setting_is_refused_until_fresh(data_dir, tmp_path):
     output = tmp_path / "toy.json"
-    evaluate(ScriptedEngine(), plan_of(data_dir, 1), output, console=quiet())
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 1), output, console=quiet())
     small = ScriptedEngine(SpecExtendConfig.specextend(tree=TreeConfig(nodes=8)))
     with pytest.raises(ConfigError, match=r"setting\.config\.tree\.nodes was 50, now 8"):
-        evaluate(small, plan_of(data_dir, 1), output, console=quiet())
-    evaluate(small, plan_of(data_dir, 1), output, fresh=True, console=quiet())
+        evaluate(by(small), plan_of(data_dir, 1), output, console=quiet())
+    evaluate(by(small), plan_of(data_dir, 1), output, fresh=True, console=quiet())
     report = json.loads(output.read_text())
     assert report["manifest"]["setting"]["config"]["tree"]["nodes"] == 8 and report["1K"]["runs"] == 1
 
 
 def test_changed_prompts_are_refused(data_dir, tmp_path):
     output = tmp_path / "toy.json"
-    evaluate(ScriptedEngine(), plan_of(data_dir, 2), output, console=quiet())
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), output, console=quiet())
     path = data_dir / "toy_128.jsonl"
     path.write_text(path.read_text().replace("word1", "other"))
     with pytest.raises(ConfigError, match="128 sample 1 with another text"):
-        evaluate(ScriptedEngine(), plan_of(data_dir, 2), output, console=quiet())
+        evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), output, console=quiet())
 
 
 def test_a_larger_evaluation_keeps_the_records_of_a_smaller_one(data_dir, tmp_path):
     output = tmp_path / "toy.json"
-    evaluate(ScriptedEngine(), plan_of(data_dir, 1, lengths=["1K"]), output, console=quiet())
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 1, lengths=["1K"]), output, console=quiet())
     engine = ScriptedEngine()
-    evaluate(engine, plan_of(data_dir, 3), output, console=quiet())
+    evaluate(by(engine), plan_of(data_dir, 3), output, console=quiet())
     assert len(engine.measured()) == 2 * 5
     assert list(json.loads(output.read_text())) == ["128", "1K", "manifest"]
 
@@ -256,7 +268,7 @@ def test_bad_requests_are_named_errors(data_dir, tmp_path):
     with pytest.raises(ConfigError, match="runs_per_sample is 0"):
         plan_of(data_dir, runs=0)
     with pytest.raises(ConfigError, match=r"must end in \.json"):
-        evaluate(ScriptedEngine(), plan_of(data_dir), tmp_path / "toy.jsonl", console=quiet())
+        evaluate(by(ScriptedEngine()), plan_of(data_dir), tmp_path / "toy.jsonl", console=quiet())
 
 
 def test_setting_names_no_local_path_and_the_default_output_names_the_setting(data_dir):
@@ -271,7 +283,7 @@ def test_setting_names_no_local_path_and_the_default_output_names_the_setting(da
 
 def test_output_without_a_terminal_is_plain_lines_and_a_table(data_dir, tmp_path):
     console = quiet()
-    evaluate(ScriptedEngine(), plan_of(data_dir, 2), tmp_path / "toy.json", console=console)
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), tmp_path / "toy.json", console=console)
     text = console.file.getvalue()
     assert "\x1b" not in text and "\r" not in text
     assert "128 sample 1/2 run 1/1: 2.5 tok/s (AR 1.0), 0:00:0" in text
@@ -281,7 +293,7 @@ def test_output_without_a_terminal_is_plain_lines_and_a_table(data_dir, tmp_path
 
 def test_progress_on_a_terminal_ends_in_the_table(data_dir, tmp_path):
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    evaluate(ScriptedEngine(), plan_of(data_dir, 2), tmp_path / "toy.json", console=console)
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), tmp_path / "toy.json", console=console)
     text = console.file.getvalue()
     assert "measuring" in text and "speedup decode" in text
 
@@ -297,3 +309,45 @@ def test_eval_classic_prints_the_summary_as_json_on_its_last_line(data_dir, tmp_
     eval_classic.main()
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["output"] == str(output) and list(summary["lengths"]) == ["1K"]
+
+
+@pytest.fixture
+def eval_on_toys(data_dir, tmp_path, monkeypatch):
+    """eval_on_toys(*flags): runs eval_classic.py with a scripted engine; the output file."""
+
+    def call(*flags: str) -> Path:
+        output = tmp_path / "toy.json"
+        words = f"-n 3 -r 1 -max 25 --lengths 128 --data_dir {data_dir} --output_file {output}".split()
+        monkeypatch.setattr("sys.argv", ["eval_classic.py", *words, *flags])
+        eval_classic.main()
+        return output
+
+    return call
+
+
+class OneGivenUp(LocalWorker):
+    """Gives up sample 1, and has no further trouble."""
+
+    def measure(self, plan, tasks, watch):
+        for task, record in super().measure(plan, tasks, watch):
+            yield task, Failure("it is cursed") if task.key[1] == 1 else record
+
+
+def test_samples_that_were_given_up_are_named_at_the_end_and_the_rest_is_written(eval_on_toys, monkeypatch, tmp_path):
+    worker = OneGivenUp(lambda method: ScriptedEngine())
+    monkeypatch.setattr(entry, "_workers", lambda *_: nullcontext(worker))
+    with pytest.raises(WorkerError, match=r"^1 samples could not.*standard, 128 sample 2 run 1 \(it is cursed\)\. The"):
+        eval_on_toys()
+    assert [record.sample for record in records_of(tmp_path / "toy.json")] == [0, 2]
+    assert json.loads((tmp_path / "toy.json").read_text())["128"]["samples"] == 2
+
+
+def test_ray_is_neither_imported_nor_missed_unless_it_is_asked_for(eval_on_toys, monkeypatch):
+    program = "import sys, eval_classic, eval_eagle; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+    for flags in (["--ray"], ["--ray_address", "auto"]):
+        with pytest.raises(ConfigError, match="not installed; run: pip install ray$"):
+            eval_on_toys(*flags)
+    with pytest.raises(ConfigError, match="--max_workers is of no use without --ray"):
+        eval_on_toys("--max_workers", "2")

@@ -63,3 +63,10 @@ def test_paper_says_first_what_it_will_take(tmp_path):
 def test_anything_else_is_refused_with_one_line():
     lines, error, status = commands_of("papers")
     assert (lines, status) == ([], 2) and "say bundled or paper" in error and error.count("\n") == 1
+
+
+def test_flags_of_ray_reach_the_evaluations_alone(tmp_path):
+    for words in (["--ray", "--max_workers", "2"], ["bundled", "--ray", "--max_workers", "2"]):
+        lines, _, status = commands_of(*words, DATA=tmp_path)
+        spread = [line for line in lines if line.endswith(" --ray --max_workers 2")]
+        assert status == 0 and spread == [line for line in lines if line.split()[0].startswith("eval_")]
