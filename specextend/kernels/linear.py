@@ -119,7 +119,9 @@ def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
     tiles = triton.cdiv(columns, 2 * cols)
     depth, stages = (64, 4) if kind == SWIGLU or tiles > 2 * PROGRAMS else (128, 3 if kind == ROTARY else 6)
     depth = depth * 2 // x.itemsize // (2 if len(x) > 64 else 1)
-    splits = 1 if kind == SWIGLU else max(1, min(8, PROGRAMS // tiles, inner // depth))
+    # a multiprocessor holds two programs of q/k/v, one of the other products
+    most = {PLAIN: min(8, PROGRAMS // tiles), SWIGLU: 1, ROTARY: min(3, 2 * PROGRAMS // tiles)}[kind]
+    splits = max(1, min(most, inner // depth))
     return Launch(cols, depth, splits, stages=stages)
 
 
