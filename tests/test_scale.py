@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from specextend.bench import ROOT
 from specextend.cache import KVCache
 from specextend.checkpoints import weight_bytes
-from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
+from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig, prefill_block
 from specextend.drafter import ClassicDrafter
 from specextend.widen import Shape
 
@@ -38,8 +38,9 @@ def test_the_pages_numbers_in_the_text_are_the_scripts():
     assert f"For the 70B model that is {size_model.cache_bytes(big, 1):,} bytes per token" in said
     assert f"({size_model.cache_bytes(small, 1):,} bytes per token)" in said
     assert f"{size_model.working_tokens(*trees):,} whatever the context" in said
-    block = 2 * 4096 * (4 * big.hidden + 3 * big.ffn / 2)
-    assert f"{block / 1e9:.1f} GB on two devices" in said
+    rows = prefill_block(SpecExtendConfig.specextend(), torch.device("cuda"))
+    activations = 2 * rows * (4 * big.hidden + 3 * big.ffn / 2) / 1e9
+    assert f"a prefill block of {rows:,} tokens" in said and f"{activations:.1f} GB on two devices" in said
     layers = [
         2 * (size_model.split_weights(shape) - shape.vocab * shape.hidden) + size_model.cache_bytes(shape, 16000)
         for shape in (Shape(4096, 32, 32, 32, 128, 11008, 32000), big)
