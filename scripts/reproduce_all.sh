@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper] [flags of Ray]
-#   bundled   the pair in this checkout, no download; some 40 minutes on two CPU cores (the default)
+#   bundled   the pair in this checkout, no download; 12 minutes on two CPU cores with the built-in text (the default),
+#             longer with the data sets that lie in DATA; on a GPU also bench_gpu.py
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
@@ -57,6 +58,9 @@ bundled() {
     "$python" scripts/analyse.py --data_dir "$data/$first" -n 1 --lengths 1K 4K --output_file "$out/analysis.json"
     if [ ! -e "$out/prefill_memory.json" ]; then
         "$python" scripts/measure_prefill_memory.py --use_specextend --output_file "$out/prefill_memory.json"
+    fi
+    if [ ! -e "$out/gpu/bench.json" ] && nvidia-smi > /dev/null 2>&1; then # at the cost of a 7B model, 10 minutes
+        "$python" scripts/bench_gpu.py --output "$out/gpu"
     fi
 }
 
