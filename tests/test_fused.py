@@ -43,10 +43,10 @@ def test_captured_rounds_are_the_rounds_of_the_loop(
         tree=TreeConfig(4, 2, 0.1), retrieval=RetrievalConfig(8, 3, 2),
     )  # fmt: skip
     engine = make_engine(target, draft, config)
-    wanted = engine.generate(prompt, 12, sampling=sampling)
+    wanted = engine.generate(prompt, 8, sampling=sampling)
     speculation = CapturedSpeculation(engine._target, engine._drafter, engine._retriever, config.tree)
     for _ in range(2):  # a second prompt finds the buffers as the first left them
-        ids, output = engine._begin(prompt, 12, (), config.tree.nodes + 1)
+        ids, output = engine._begin(prompt, 8, (), config.tree.nodes + 1)
         for _ in speculation(sampling, ids, output):
             pass
         found = output.result(None)
