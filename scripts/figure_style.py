@@ -37,7 +37,7 @@ STAGES = {
     "prefill target": (BLUE, ""),
     "prefill draft": (SKY, "///"),
     "draft": (ORANGE, ""),
-    "verify": (GREEN, "..."),
+    "verify": (GREEN, "---"),
     "retrieve": (PURPLE, ""),
     "accept": (BLACK, ""),
 }

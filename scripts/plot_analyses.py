@@ -100,7 +100,8 @@ def chunks_figure(rows: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     every = one["round"][1] - one["round"][0] if len(one["round"]) > 1 else 1
     edges = [*one["round"], one["round"][-1] + every]
-    axes.pcolormesh(edges, np.arange(last + 2), picked, cmap=plt.matplotlib.colors.ListedColormap(["white", BLUE]))
+    colours = plt.matplotlib.colors.ListedColormap(["white", BLUE])
+    axes.pcolormesh(edges, np.arange(last + 2), picked, cmap=colours, rasterized=True)  # thousands of cells
     axes.step(
         edges, [c / one["chunk_size"] for c in (*one["context"], one["context"][-1])], where="post", color="black"
     )
