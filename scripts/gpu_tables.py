@@ -12,28 +12,45 @@ from beside_paper import markdown
 from gpu_figures import CAPTURED, EAGER, SPECEXTEND, STANDARD, greedy, rates
 
 
-def gpu_reports(results: Path) -> Iterator[str]:
-    """A section per GPU: decoding by length, then what a round costs, against the bytes it cannot avoid."""
+def gpu_reports(results: Path, *, near_ties: bool = False) -> Iterator[str]:
+    """A section per GPU: decoding by length, then what a round costs, against the bytes it cannot avoid.
+
+    Args:
+        near_ties: also a table of the outputs that part from autoregressive decoding's.
+    """
     for path in sorted(results.glob("*/bench.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         rows = greedy(record)
         if not rows or "stages" not in record:
             continue
         shape, versions = record["shape"], record["environment"]
-        yield "\n\n".join(
-            (
-                f"One {record['gpu']}, {record['dtype']}, batch 1, torch {versions['torch']}. The bundled pair widened "
-                f"to {shape['layers']} layers of {shape['hidden']} and to the shape of Vicuna-68M: it computes the "
-                "bundled pair's tokens at the cost of large weights; none of that size were loaded. Decode tokens/s, "
-                f"temperature 0, {prompts(rows)} prompts per length; standard has the same kernels and graphs, and "
-                "differs in the draft's cache alone.",
-                markdown(decoding(rows)),
-                equality(rows),
-                "Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over weights and "
-                "cache at the bandwidth measured beside them.",
-                markdown(stages(record["stages"])),
-            )
-        )
+        parted = [row for row in rows if row.get("first_difference") is not None]
+        sections = [
+            f"One {record['gpu']}, {record['dtype']}, batch 1, torch {versions['torch']}. The bundled pair widened "
+            f"to {shape['layers']} layers of {shape['hidden']} and to the shape of Vicuna-68M: it computes the "
+            "bundled pair's tokens at the cost of large weights; none of that size were loaded. Decode tokens/s, "
+            f"temperature 0, {prompts(rows, SPECEXTEND)} prompts per length (Hugging Face's: {prompts(rows, EAGER)}); "
+            "standard has the same kernels and graphs, and differs in the draft's cache alone.",
+            markdown(decoding(rows)),
+            equality(rows),
+            *sampled_tables(record["decode"]),
+            "Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over weights and "
+            "cache at the bandwidth measured beside them.",
+            markdown(stages(record["stages"])),
+        ]
+        if near_ties and parted:
+            sections += [
+                "Where outputs part, and how far apart the two highest logits are there:",
+                markdown(ties(parted)),
+            ]
+        yield "\n\n".join(sections)
+
+
+def sampled_tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The decode table of every other temperature than 0."""
+    for temperature in sorted({row["temperature"] for row in rows} - {0}):
+        yield f"The same at temperature {temperature:g}:"
+        yield markdown(decoding([row for row in rows if row["temperature"] == temperature]))
 
 
 def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -42,7 +59,7 @@ def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
     accepted = pd.DataFrame(rows).pivot_table(index="tokens", columns="method", values="accepted_per_round")
     table = pd.DataFrame(
         {
-            "AR, Hugging Face": rate[EAGER].map("{:.0f}".format),
+            **({"AR, Hugging Face": rate[EAGER].map("{:.0f}".format)} if EAGER in rate else {}),
             "AR, ours": rate[CAPTURED].map("{:.0f}".format),
             "standard": rate[STANDARD].map("{:.0f}".format),
             "SpecExtend": rate[SPECEXTEND].map("{:.0f}".format),
@@ -58,16 +75,20 @@ def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def equality(rows: list[dict[str, Any]]) -> str:
     """How many outputs are autoregressive decoding's, and how near the tie was where they part."""
-    compared = [row for row in rows if row["method"] in (STANDARD, SPECEXTEND)]
-    parted = [row for row in compared if row["first_difference"] is not None]
-    where = "; ".join(
-        f"{row['method']}, {row['data']} at {row['tokens']}: token {row['first_difference']}, {row['gap']:.4f}"
-        for row in parted
-    )
-    line = f"Equality: {len(compared) - len(parted)} of {len(compared)} outputs are our AR's, token for token"
-    return (
-        f"{line}; the others part where the two highest logits are this far apart: {where}." if parted else f"{line}."
-    )
+    gaps = [row.get("gap") for row in rows if row["method"] in (STANDARD, SPECEXTEND)]
+    parted = [gap for gap in gaps if gap is not None]
+    line = f"Equality: {len(gaps) - len(parted)} of {len(gaps)} outputs are our AR's, token for token"
+    if not parted:
+        return f"{line}."
+    return f"{line}; the others part at a near-tie, where the two highest logits are at most {max(parted):.4f} apart."
+
+
+def ties(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Method, prompt, output position and gap of the outputs that part."""
+    frame = pd.DataFrame(rows)[["method", "data", "tokens", "first_difference", "gap"]]
+    frame["gap"] = frame["gap"].map("{:.4f}".format)
+    names = {"data": "data set", "tokens": "prompt tokens", "first_difference": "output token", "gap": "logit gap"}
+    return frame.rename(columns=names).set_index("method")
 
 
 def stages(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -80,6 +101,6 @@ def stages(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return frame.map("{:.2f}".format).rename_axis("prompt tokens")
 
 
-def prompts(rows: list[dict[str, Any]]) -> int:
+def prompts(rows: list[dict[str, Any]], method: str) -> int:
     """The fewest prompts of a length."""
-    return min(pd.Series([row["tokens"] for row in rows if row["method"] == SPECEXTEND]).value_counts())
+    return min(pd.Series([row["tokens"] for row in rows if row["method"] == method]).value_counts())

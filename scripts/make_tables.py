@@ -173,7 +173,7 @@ def full_report(figures: pd.DataFrame, results: Path) -> str:
             sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
             versions = "; ".join(sorted(set(rows["versions"])))
             parts.append(f"{rows['samples'].max()} samples per length, {versions}. Files: {sources}.")
-    parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results)]
+    parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
     for path, content in read_records(results, "needle.json"):
         parts += [f"## Needles: {title_of_records(content)}", NEEDLES, needle_table(content), file_link(path, results)]
     for path, content in read_records(results, "analysis.json"):
