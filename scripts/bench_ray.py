@@ -31,6 +31,7 @@ from specextend.models import load_models
 from specextend.plan import Plan, Task
 from specextend.ray_workers import RayWorkers
 from specextend.widen import SHAPES, widen
+from specextend.workers import Unwatched
 
 CHARACTERS_PER_TOKEN = 3.5  # of the built-in text, about
 
@@ -99,7 +100,7 @@ def throughput(args: argparse.Namespace, count: int, record: dict) -> dict:
 def timed_pass(workers: RayWorkers, plan: Plan, tasks: list[Task]) -> tuple[float, list[SampleRecord]]:
     """Wall seconds to measure all of `tasks`, and their records."""
     began = time.monotonic()
-    outcomes = [outcome for _, outcome in workers.measure(plan, tasks, Silent())]
+    outcomes = [outcome for _, outcome in workers.measure(plan, tasks, Notes())]
     seconds = time.monotonic() - began
     lost = [outcome.reason for outcome in outcomes if not isinstance(outcome, SampleRecord)]
     if lost:
@@ -145,9 +146,8 @@ def widened(models, shape: str):
     )
 
 
-class Silent:
-    def begin(self, task: Task, activity: str) -> None:
-        pass
+class Notes(Unwatched):
+    """Says what goes wrong."""
 
     def note(self, line: str) -> None:
         print(line, flush=True)

@@ -123,21 +123,28 @@ class FusedBlock:
             where: `shift`, `step`, `offset` and `depth` of a `Placement`.
         """
         weights, work = self._weights, self._workspaces.linear
-        placement = Placement(self._cos, self._sin, cache.length, **where)
-        norm = weights.before if entry is None else None
+        read, norm = (residual, weights.before) if entry is None else (entry, None)
+        attended = self.attend(read, slots, cache, norm=norm, full=full, alive=alive, **where)
+        residual = linear.linear(attended, weights.output, work, residual=residual, alive=alive)
+        inner = linear.swiglu(residual, weights.gate_up, work, norm=weights.between, alive=alive)
+        return linear.linear(inner, weights.down, work, residual=residual, alive=alive)
+
+    def attend(
+        self, entry: Tensor, slots: Slots, cache: KeyValue, *, norm: Norm | None = None, full: KeyValue | None = None,
+        alive: Tensor | None = None, **where,
+    ) -> Tensor:  # fmt: skip
+        """Attention output [T, heads * D] of `entry` [T, K], normed if asked; the rest as for `run`."""
+        weights, placement = self._weights, Placement(self._cos, self._sin, cache.length, **where)
         self.query = linear.rotary(
-            residual if entry is None else entry, weights.qkv, work, placement, cache, norm=norm, full=full, alive=alive
+            entry, weights.qkv, self._workspaces.linear, placement, cache, norm=norm, full=full, alive=alive
         )
         heads, rows, _ = self.query.shape
-        launch = tree_attention.launch_for(residual.device, len(cache.keys), heads // len(cache.keys) * rows)
+        launch = tree_attention.launch_for(entry.device, len(cache.keys), heads // len(cache.keys) * rows)
         attended, self.lse = tree_attention.tree_attention(
             self.query, cache.keys, cache.values, cache.length, slots.words, weights.scaling, slots=slots.count,
             launch=launch, workspace=self._workspaces.attention(*self.query.shape, launch.splits), alive=alive,
         )  # fmt: skip
-        attended = attended.transpose(0, 1).reshape(rows, -1)
-        residual = linear.linear(attended, weights.output, work, residual=residual, alive=alive)
-        inner = linear.swiglu(residual, weights.gate_up, work, norm=weights.between, alive=alive)
-        return linear.linear(inner, weights.down, work, residual=residual, alive=alive)
+        return attended.transpose(0, 1).reshape(rows, -1)
 
 
 class PromptBlock:

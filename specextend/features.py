@@ -43,8 +43,8 @@ class FeatureTap:
             self._parts = []
 
     def collect(self, parts: Sequence[Tensor]) -> None:
-        """Take hidden states [T, H] of a run that no module saw, one for each layer of `entering`."""
-        self._runs.append(torch.cat(list(parts), dim=-1))
+        """Take hidden states [T, H] of a run that no module saw: what the hooks would have kept of it."""
+        self._runs.append(torch.cat(parts, dim=-1))
 
     def clear(self) -> None:
         """Forget what nobody took."""

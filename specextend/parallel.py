@@ -33,7 +33,7 @@ from specextend.errors import ConfigError, DeviceError, ModelError
 from specextend.plan import Plan, Task
 from specextend.target import Target
 from specextend.tree import DraftTree
-from specextend.workers import Engines, Failure, LocalWorker, Watch
+from specextend.workers import Engines, Failure, LocalWorker, Unwatched, Watch
 
 PATIENCE = timedelta(hours=2)  # of a rank that waits, while another loads weights or rank 0 prepares data
 
@@ -225,7 +225,7 @@ def follow(engines: Engines) -> None:
     worker = LocalWorker(engines)
     while (order := _tell(None)) is not None:
         plan, task = order
-        list(worker.measure(plan, [task], _Nobody()))
+        list(worker.measure(plan, [task], Unwatched()))
 
 
 def _tell(message: object) -> Any:
@@ -233,11 +233,3 @@ def _tell(message: object) -> Any:
     said = [message]
     dist.broadcast_object_list(said, src=0)
     return said[0]
-
-
-class _Nobody:
-    def begin(self, task: Task, activity: str) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        pass

@@ -6,7 +6,6 @@ a layer between their products; here it is eight times.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from specextend.blocks import PromptBlock, as_norm
 from specextend.kernels.elementwise import KeyValue, rms_norm
 from specextend.rope import Rope
-from specextend.target import Target
+from specextend.target import LastLayer, Target
 
 
 class FusedPrefillTarget(Target):
@@ -23,24 +22,21 @@ class FusedPrefillTarget(Target):
 
     def _read(self, block: Tensor) -> Tensor:
         decoder, start = self.model.get_decoder(), self.cache.length
-        wanted, features = self._tap and self._tap.entering, []
+        entering, features = (self._tap and self._tap.entering) or (), []
         length = torch.full((), start, device=block.device)
         tables = self._rope.tables(start + len(block))
         hidden = decoder.embed_tokens(block)
         for index, layer in enumerate(self._layers):
-            if wanted and index in wanted:
+            if index in entering:
                 features.append(hidden.clone())
             keys, values = self.cache.buffer[:, index, 0]
             query, lse = layer.run(hidden, KeyValue(keys, values, length), start, tables)
         norm = as_norm(decoder.norm)
-        if wanted is None and self._tap:
-            features.append(rms_norm(hidden, norm))
-        elif wanted and len(self._layers) in wanted:
+        if len(self._layers) in entering:
             features.append(hidden)
-        if self._tap:
-            self._tap.collect(features)
-        # the clones let go of a whole block's queries
-        self._last_layer = _LastLayer(query[:, :, -1:].clone(), lse[:, :, -1:].clone(), layer.scaling)
+        if self._tap:  # who names no layer reads the final state
+            self._tap.collect(features or [rms_norm(hidden, norm)])
+        self._last_layer = LastLayer.newest(query, lse, layer.scaling, 1)
         return self.model.get_output_embeddings()(rms_norm(hidden[-1:], norm))
 
     @cached_property
@@ -50,10 +46,3 @@ class FusedPrefillTarget(Target):
     @cached_property
     def _rope(self) -> Rope:
         return Rope(self.model.get_decoder().rotary_emb, self.model.dtype, self.model.device)
-
-
-@dataclass(frozen=True)
-class _LastLayer:
-    query: Tensor
-    lse: Tensor
-    scaling: float

@@ -28,7 +28,7 @@ from specextend.bench import ROOT, SampleRecord
 from specextend.checkpoints import one_line
 from specextend.errors import ConfigError, SpecExtendError, WorkerError
 from specextend.plan import Plan, Task, label
-from specextend.workers import Engines, Failure, LocalWorker, Watch
+from specextend.workers import Engines, Failure, LocalWorker, Unwatched, Watch
 
 ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 << 20  # prompts and records are small
@@ -228,16 +228,8 @@ class _Actor:
         return self._local.manifest(plan)
 
     def measure(self, plan: Plan, task: Task) -> SampleRecord:
-        ((_, record),) = self._local.measure(plan, [task], _Silent())
+        ((_, record),) = self._local.measure(plan, [task], Unwatched())
         return record
-
-
-class _Silent:
-    def begin(self, task: Task, activity: str) -> None:
-        pass
-
-    def note(self, line: str) -> None:
-        pass
 
 
 def _keep_to_cores(seat: Seat) -> None:

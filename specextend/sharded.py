@@ -17,8 +17,8 @@ from torch.distributed import _symmetric_memory as symmetric
 from specextend.blocks import FusedBlock, Slots, Workspaces, as_norm
 from specextend.features import FeatureTap
 from specextend.fused import FusedTarget, Nodes
-from specextend.kernels import linear, reduce, tree_attention
-from specextend.kernels.elementwise import KeyValue, Norm, Placement, rms_norm
+from specextend.kernels import linear, reduce
+from specextend.kernels.elementwise import KeyValue, Norm, rms_norm
 from specextend.target import Target
 
 PATIENCE_MS = 60_000  # of a rank that waits for its peers' parts, while they compile their kernels, say
@@ -132,18 +132,11 @@ class ShardedBlock(FusedBlock):
             depth: [T] of the nodes.
             after: the norm before the next block, or before the readout.
         """
-        weights, work, rows = self._weights, self._workspaces.linear, len(residual)
-        placement = Placement(self._cos, self._sin, cache.length, depth=depth)
-        self.query = linear.rotary(entry, weights.qkv, work, placement, cache)
-        heads, _, _ = self.query.shape
-        launch = tree_attention.launch_for(residual.device, len(cache.keys), heads // len(cache.keys) * rows)
-        attended, self.lse = tree_attention.tree_attention(
-            self.query, cache.keys, cache.values, cache.length, slots.words, weights.scaling, slots=slots.count,
-            launch=launch, workspace=self._workspaces.attention(*self.query.shape, launch.splits),
-        )  # fmt: skip
-        torch.mm(attended.transpose(0, 1).reshape(rows, -1), weights.output.T, out=sums.room(rows))
+        weights, rows = self._weights, len(residual)
+        attended = self.attend(entry, slots, cache, depth=depth)
+        torch.mm(attended, weights.output.T, out=sums.room(rows))
         entry = sums.add_and_norm(residual, weights.between)
-        inner = linear.swiglu(entry, weights.gate_up, work)
+        inner = linear.swiglu(entry, weights.gate_up, self._workspaces.linear)
         torch.mm(inner, weights.down.T, out=sums.room(rows))
         return sums.add_and_norm(residual, after)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,35 +84,40 @@ class Target:
         keys = self.cache.keys(self.model.config.num_hidden_layers - 1)[0]
         return attention_row(query[0, :, self._newest], lse[0, :, self._newest], keys, scaling)
 
-    def last_queries(self) -> tuple[Tensor, Tensor, float]:
-        """Last-layer queries [1, H, T, D], their lse [1, H, T] and the scaling, of what ran last."""
-        last = self._last_layer
-        return last.query, last.lse, last.scaling
+    def last_queries(self) -> LastLayer:
+        """The last layer of what ran last."""
+        return self._last_layer
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: _CachedAttend) -> Tensor:
-        self._last_layer = attend
         with self._tap or nullcontext():
-            return self.model(
+            logits = self.model(
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
                 logits_to_keep=attend.keep,
                 attend=attend,
             ).logits[0]
+        self._last_layer = attend.last_layer
+        return logits
 
 
-class LastLayer(Protocol):
+class LastLayer(NamedTuple):
     """What a run keeps of its last layer: queries [1, H, T, D], their log-sum-exp [1, H, T], factor on the scores."""
 
     query: Tensor
     lse: Tensor
     scaling: float
 
+    @classmethod
+    def newest(cls, query: Tensor, lse: Tensor, scaling: float, keep: int) -> LastLayer:
+        """Of the newest `keep` tokens; the clones let go of a whole prefill block's queries."""
+        return cls(query[:, :, -keep:].clone(), lse[:, :, -keep:].clone(), scaling)
+
 
 class _CachedAttend:
     """Writes a layer's keys and values behind the committed ones and attends to both.
 
-    After the run it holds the last layer's queries and log-sum-exp of the last `keep` tokens.
+    After the run `last_layer` is what it keeps of the last `keep` tokens.
 
     Args:
         mask: [T, T] who sees whom among the new tokens; None is causal.
@@ -125,6 +130,5 @@ class _CachedAttend:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self._cache.write(layer, key, value, self._cache.length)
         output, lse = self._attention(query, keys, values, scaling, query.shape[2], self._mask)
-        # overwritten layer by layer; the clone lets go of a whole prefill block's queries
-        self.query, self.lse, self.scaling = query[:, :, -self.keep :].clone(), lse[:, :, -self.keep :].clone(), scaling
+        self.last_layer = LastLayer.newest(query, lse, scaling, self.keep)  # overwritten layer by layer
         return output

@@ -40,6 +40,16 @@ class Watch(Protocol):
         """Something worth a line of its own."""
 
 
+class Unwatched:
+    """A `Watch` for those whom nobody watches."""
+
+    def begin(self, task: Task, activity: str) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+
 class Workers(Protocol):
     """Those who measure."""
 
