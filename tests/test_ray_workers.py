@@ -186,7 +186,7 @@ def test_ctrl_c_ends_the_cluster_and_a_run_without_ray_goes_on(crew, tmp_path):
     raylets = raylets_running()
     process = subprocess.Popen(
         [*command, "--ray", "--max_workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # maybe ignored
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not output.with_suffix(".jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
