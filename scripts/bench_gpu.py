@@ -249,11 +249,12 @@ class Bench:
                     if time.monotonic() - began > seconds:
                         self.note(f"decode stops after {seconds:.0f}s, {len(rows)} rows")
                         return rows
-                    rows += self.decode_one(engines, temperature, *prompt)
+                    measured = list(self.decode_one(engines, temperature, *prompt))
                     if not sample and not temperature:
-                        rows.append(
+                        measured.append(
                             self.about(temperature, *prompt) | {"method": EAGER} | self.hugging_face(prompt[2], 12)
                         )
+                    rows += [row | {"sample": sample} for row in measured]
         return rows
 
     def decode_one(

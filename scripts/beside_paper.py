@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from readings import CACHE_NAMES, analysis_parts, entropy_shares, needle_shares
+from shared import on_shared
 
 PAPER = Path(__file__).resolve().parents[1] / "results" / "paper" / "tables.json"
 DATA = {"govreport": "GovReport", "pg19": "PG-19", "booksum": "BookSum"}
@@ -72,8 +73,9 @@ def tables_of(rows: pd.DataFrame) -> list[str]:
 def main_table(rows: pd.DataFrame, data: str) -> str:
     """Tables 2, 5 and 6: standard and SpecExtend."""
     name, printed = _main_rows(rows.iloc[0], data)
+    rows = on_shared(rows, ("standard", "specextend"))
     ours = rows.set_index(["method", "length"])
-    if not printed or "standard" not in rows["method"].values or "specextend" not in rows["method"].values:
+    if not printed or rows["method"].nunique() < 2:
         return ""
     lines = {}
     for length in rows["length"].unique():
@@ -112,6 +114,7 @@ def _main_rows(run: pd.Series, data: str) -> tuple[str, list[dict]]:
 def long_answers(rows: pd.DataFrame) -> str:
     """Figure 6: AIME-24 problems, long answers; R1-Distill-Llama-8B with EAGLE-3 in the paper."""
     printed = paper()["figure6_aime24_r1_distill_llama_8b_eagle3"]
+    rows = on_shared(rows, ("standard", "specextend"))
     lines = {}
     for method, theirs in (("standard", "eagle3"), ("specextend", "eagle3_specextend")):
         gain = printed[theirs]["tokens_per_s"] / printed["naive_ar_tokens_per_s"]
@@ -126,6 +129,7 @@ def long_answers(rows: pd.DataFrame) -> str:
 
 def rivals(rows: pd.DataFrame, data: str) -> str:
     """Table 3: end-to-end speed-up of other methods over naive autoregressive decoding."""
+    rows = on_shared(rows, TABLE_3.keys() | {"autoregressive_hf"})
     ours = rows.set_index(["method", "length"])["speedup"].astype(float)  # each over our loop beside it
     if "autoregressive_hf" not in ours.index or not {"triforce", "magicdec"} & set(rows["method"]):
         return ""
@@ -152,6 +156,7 @@ def ablation(rows: pd.DataFrame, data: str) -> str:
     if data != "GovReport" or not set(TABLE_4) <= set(rows["method"]):
         return ""
     printed = {(row["setting"], row["length"]): row for row in paper()["table4_ablation_govreport_vicuna_7b_68m"]}
+    rows = on_shared(rows, TABLE_4)
     ours = rows.set_index(["method", "length"])
     lines = {}
     for method, theirs in TABLE_4.items():

@@ -18,6 +18,7 @@ import pandas as pd
 from beside_paper import markdown
 from make_tables import SPECEXTEND, STANDARD, pivot, read_results, runs_of
 from readings import needle_shares, read_records
+from shared import lead, on_shared
 
 WINDOW = "fa_hta_streaming"
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
@@ -26,7 +27,8 @@ REFERENCE_RATES = {"1k": 95, "2k": 77, "4k": 72, "8k": 83, "16k": 73}  # tokens/
 INTRODUCTION = """# Goals
 
 Written by `scripts/check_goals.py` from the records under `results/`; do not edit. Accepted: draft tokens per round,
-the bonus token excluded. Decode: after the first token, against our own autoregressive loop in the same process."""
+the bonus token excluded. Decode: after the first token, against our own autoregressive loop in the same process. Two
+methods are compared on the prompts that both have answered."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def main() -> None:
     figures = read_results(results)
     if figures.empty:
         sys.exit(f"no per-length files under {results}")
-    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures, results), *needle_goals(results)]
+    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures), *needle_goals(results)]
     goals += [*memory_goals(results), *gpu_goals(results), *scale_goals(results)]
     goals = [goal for goal in goals if not pd.isna(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
@@ -91,70 +93,53 @@ def pair_goals(figures: pd.DataFrame) -> Iterator[Goal]:
 
 def head_goals(figures: pd.DataFrame) -> Iterator[Goal]:
     """The EAGLE heads with the paper's tree, greedy."""
-    classic = {where: rows for where, rows in measured(figures, "cpu/paper_tree_greedy")}
-    at_1k: dict[tuple[str, str], float] = {}
+    ours = {("classic", where): rows for where, rows in measured(figures, "cpu/paper_tree_greedy")}
     for head in HEADS:
         for where, rows in measured(figures, f"cpu/{head}"):
             accepted = pivot(rows, "avg_accept_length")
             ratio = accepted[SPECEXTEND] / accepted[STANDARD]
-            at_1k[head, where] = at(accepted, "1K")
+            ours[head, where] = rows
             for length in accepted.index.intersection(("4K", "8K", "16K")):
                 kept = accepted[SPECEXTEND][length] / at(accepted, "1K")
                 yield Goal(f"{head}: accepted, SpecExtend over its own at 1K", f"{where}, {length}", 0.8, kept)
             for length, bound in (("4K", 1.2), ("16K", 1.7)):
                 found = ratio.get(length, float("nan"))
                 yield Goal(f"{head}: accepted, SpecExtend over standard", f"{where}, {length}", bound, found)
-            if where in classic:
-                found = at(accepted, "1K") / at(pivot(classic[where], "avg_accept_length"), "1K")
+            if ("classic", where) in ours:
+                found = lead_at_1k(rows, ours["classic", where])
                 yield Goal(f"{head}: accepted at 1K over the small LM's", where, 1.0, found)
-    for where in dict.fromkeys(where for _, where in at_1k):
-        found = at_1k.get(("eagle3", where), float("nan")) / at_1k.get(("eagle1", where), float("nan"))
-        yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
+    for where in dict.fromkeys(where for draft, where in ours if draft in HEADS):
+        if {("eagle1", where), ("eagle3", where)} <= set(ours):
+            found = lead_at_1k(ours["eagle3", where], ours["eagle1", where])
+            yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
 
 
-def rival_goals(figures: pd.DataFrame, results: Path) -> Iterator[Goal]:
+def lead_at_1k(rows: pd.DataFrame, others: pd.DataFrame) -> float:
+    """SpecExtend's acceptance at 1K with one draft over that with another."""
+    named = [part[part["method"] == SPECEXTEND].assign(method=name) for name, part in (("a", rows), ("b", others))]
+    return lead(pd.concat(named, ignore_index=True), "a", "b", "avg_accept_length").get("1K", float("nan"))
+
+
+def rival_goals(figures: pd.DataFrame) -> Iterator[Goal]:
     """From 4K up: SpecExtend against the same with a StreamingLLM cache, and against the fastest of all others.
 
-    Acceptance is compared on the prompts that both have answered; speeds are each against its own baseline.
+    Speeds are each against its own baseline.
     """
     for run, measured_ in runs_of(figures):
         for (data, temperature), rows in measured_.groupby(["data", "temperature"], sort=False):
-            accepted, decode = (
-                rows.pivot(index="length", columns="method", values=name).astype(float)
-                for name in ("avg_accept_length", "speedup_decode")
-            )
-            others = decode.columns.drop(SPECEXTEND, errors="ignore")
-            if SPECEXTEND not in decode or not set(others) - {STANDARD}:
+            others = [name for name in rows["method"].unique() if name != SPECEXTEND]
+            if not set(others) - {STANDARD}:
                 continue
-            for length in [length for length in FAR[1:] if length in decode.index]:
+            kept = lead(rows, SPECEXTEND, WINDOW, "avg_accept_length")
+            leads = pd.DataFrame({name: lead(rows, SPECEXTEND, name, "speedup_decode") for name in others})
+            for length in FAR[1:]:
                 where = f"{run['folder']}, {data}, temperature {temperature:g}, {length}"
-                if WINDOW in accepted:
-                    kept = shared_acceptance(results, rows[rows["length"] == length], SPECEXTEND, WINDOW)
-                    if kept is None:
-                        kept = accepted[SPECEXTEND][length] / accepted[WINDOW][length]
-                    yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept)
-                best = decode.loc[length, others].astype(float).dropna()
-                if best.empty:
-                    continue
-                lead = decode[SPECEXTEND][length] / best.max()
-                yield Goal("decode speed, SpecExtend over the best other", f"{where} ({best.idxmax()})", 1.0, lead)
-
-
-def shared_acceptance(results: Path, rows: pd.DataFrame, method: str, other: str) -> float | None:
-    """Accepted drafts per round of `method` over those of `other`, on the samples that both have; None without."""
-    taken = {}
-    files = rows.set_index("method")
-    for name in (method, other):
-        journal = (results / files["file"].get(name, "none")).with_suffix(".jsonl")
-        if not journal.exists():
-            return None
-        row = files.loc[name]
-        lines = journal.read_text(encoding="utf-8").splitlines()[1:]
-        records = [record for record in map(json.loads, lines) if record["bucket"] == row["length"]]
-        taken[name] = {(record["sample"], record["run"]): record["accepted"] for record in records}
-    shared = taken[method].keys() & taken[other].keys()
-    means = [sum(sum(one[key]) for key in shared) / sum(len(one[key]) for key in shared) for one in taken.values()]
-    return means[0] / means[1]
+                if length in kept:
+                    yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept[length])
+                if length in leads.index:
+                    best = leads.loc[length].idxmin()
+                    name = "decode speed, SpecExtend over the best other"
+                    yield Goal(name, f"{where} ({best})", 1.0, leads.loc[length, best])
 
 
 def needle_goals(results: Path) -> Iterator[Goal]:
@@ -223,12 +208,12 @@ def memory_goals(results: Path) -> Iterator[Goal]:
 
 
 def measured(figures: pd.DataFrame, folder: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Data sets and temperatures measured by both methods in a folder."""
+    """Data sets and temperatures measured by both methods in a folder, over what both hold."""
     rows = figures[(figures["folder"] == folder) & figures["method"].isin([STANDARD, SPECEXTEND])]
     for (data, temperature), group in rows.groupby(["data", "temperature"], sort=False):
         if group["method"].nunique() == 2:
             tree = "CPU tree" if folder.endswith("cpu_tree") else "paper's tree"
-            yield f"{data}, temperature {temperature:g}, {tree}", group
+            yield f"{data}, temperature {temperature:g}, {tree}", on_shared(group)
 
 
 def at(table: pd.DataFrame, length: str) -> float:

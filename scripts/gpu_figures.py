@@ -9,6 +9,7 @@ import pandas as pd
 EAGER, CAPTURED = "autoregressive Hugging Face", "autoregressive captured"
 STANDARD, SPECEXTEND = "standard captured", "specextend"
 OTHERS = {"ar_graph": CAPTURED, "ar_eager": EAGER, "standard": STANDARD}
+PROMPT = ["data", "tokens", "temperature", "sample"]
 STAGES = {  # of a row of `stages`, by their names in the summary
     "verify": "verify", "autoregressive": "ar_graph", "round": "round", "draft": "draft_tree", "refresh": "refresh",
     "byte_floor": "byte_floor",
@@ -16,11 +17,39 @@ STAGES = {  # of a row of `stages`, by their names in the summary
 
 
 def rates(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Decode tokens/s by prompt length and method: tokens over time of all prompts."""
+    """Decode tokens/s by prompt length and method: tokens over time of all prompts.
+
+    Hugging Face's rows are the median of a step, and each weighs one token.
+    """
+    return _rates(_timed(rows)).unstack()
+
+
+def gains(rows: list[dict[str, Any]], other: str) -> pd.Series:
+    """SpecExtend's decode tokens/s over those of `other`, by prompt length, on the prompts that both decoded."""
+    frame = _timed(rows)
+    frame = frame[frame["method"].isin([SPECEXTEND, other])]
+    both = frame.groupby(PROMPT)["method"].transform("nunique") == 2
+    found = _rates(frame[both]).unstack().reindex(columns=[SPECEXTEND, other])
+    return found[SPECEXTEND] / found[other]
+
+
+def numbered(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows with the number of their prompt as `sample`: the first of a data set, length and temperature is 0."""
     frame = pd.DataFrame(rows)
-    frame["tokens_per_round"] = frame["accepted_per_round"].fillna(0.0) + 1
-    totals = frame.groupby(["tokens", "method"])[["tokens_per_round", "ms_per_round"]].sum()
-    return (1e3 * totals["tokens_per_round"] / totals["ms_per_round"]).unstack()
+    order = frame.groupby(["data", "tokens", "temperature", "method"]).cumcount()
+    return frame.assign(sample=frame["sample"].fillna(order).astype(int) if "sample" in frame else order)
+
+
+def _timed(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    frame = numbered(rows).dropna(subset="decode_tokens_per_s")
+    decoded = frame["new_tokens"] - 1 if "new_tokens" in frame else pd.Series(float("nan"), frame.index)
+    decoded = decoded.fillna(1.0)  # the first of a prompt's new tokens comes out of the prefill
+    return frame.assign(decoded=decoded, seconds=decoded / frame["decode_tokens_per_s"])
+
+
+def _rates(frame: pd.DataFrame) -> pd.Series:
+    totals = frame.groupby(["tokens", "method"])[["decoded", "seconds"]].sum()
+    return totals["decoded"] / totals["seconds"]
 
 
 def greedy(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -54,10 +83,10 @@ def decode_summary(record: dict[str, Any]) -> dict[str, float]:
     if not rows:
         return {}
     found: dict[str, float] = {}
+    over = {name: gains(rows, other) for name, other in OTHERS.items()}
     for tokens, rate in rates(rows).iterrows():
         found[f"decode_tokens_per_s_{short(tokens)}"] = rate[SPECEXTEND]
-        for name, other in OTHERS.items():
-            found[f"decode_speedup_vs_{name}_{short(tokens)}"] = rate[SPECEXTEND] / rate[other]
+        found |= {f"decode_speedup_vs_{name}_{short(tokens)}": gain[tokens] for name, gain in over.items()}
         if tokens == 16000:
             found["ar_eager_ms_16k"] = 1e3 / rate[EAGER]
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 from beside_paper import markdown
-from gpu_figures import CAPTURED, EAGER, SPECEXTEND, STANDARD, greedy, rates
+from gpu_figures import CAPTURED, EAGER, PROMPT, SPECEXTEND, STANDARD, gains, greedy, numbered, rates
 
 
 def gpu_reports(results: Path, *, near_ties: bool = False) -> Iterator[str]:
@@ -56,7 +56,8 @@ def sampled_tables(rows: list[dict[str, Any]]) -> Iterator[str]:
 def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """By length: tokens/s of every method, accepted drafts, and what SpecExtend gains."""
     rate = rates(rows)
-    accepted = pd.DataFrame(rows).pivot_table(index="tokens", columns="method", values="accepted_per_round")
+    pairs = numbered(rows).pivot(index=PROMPT, columns="method", values="accepted_per_round")[[STANDARD, SPECEXTEND]]
+    accepted = pairs.dropna().groupby("tokens").mean().reindex(rate.index)
     table = pd.DataFrame(
         {
             **({"AR, Hugging Face": rate[EAGER].map("{:.0f}".format)} if EAGER in rate else {}),
@@ -66,8 +67,8 @@ def decoding(rows: list[dict[str, Any]]) -> pd.DataFrame:
             "accepted/round, standard → SpecExtend": [
                 f"{of[STANDARD]:.2f} → {of[SPECEXTEND]:.2f}" for _, of in accepted.iterrows()
             ],
-            "SpecExtend over AR, ours": (rate[SPECEXTEND] / rate[CAPTURED]).map("{:.2f}".format),
-            "over standard": (rate[SPECEXTEND] / rate[STANDARD]).map("{:.2f}".format),
+            "SpecExtend over AR, ours": gains(rows, CAPTURED).map("{:.2f}".format),
+            "over standard": gains(rows, STANDARD).map("{:.2f}".format),
         }
     )
     return table.rename_axis("prompt tokens")

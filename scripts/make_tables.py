@@ -23,6 +23,7 @@ from beside_paper import analysis_tables, markdown, needle_table, tables_of
 from gpu_tables import gpu_reports
 from readings import METHODS, read_records, title_of_records
 from report_html import html_report
+from shared import lead, on_shared
 
 STANDARD, SPECEXTEND, NAIVE = "standard", "specextend", "autoregressive_hf"
 SPEEDUPS = ("speedup_decode", "speedup")
@@ -32,7 +33,7 @@ LEGEND = (
     "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
     "token included; autoregressive decoding (AR) has 1. *Decode*: after the first token. *Speed-up*: against AR on "
     "the same prompts in the same process. *Ratio*: SpecExtend over standard. *Equal*: samples whose tokens are those "
-    "of AR, of all."
+    "of AR, of all. Standard and SpecExtend are compared on the prompts that both have answered."
 )
 NEEDLES = (
     "A fact stated far back and asked for at the end; answer tokens that the draft also gets right where the fact is "
@@ -81,6 +82,7 @@ def read_results(results: Path) -> pd.DataFrame:
             continue
         setting = _setting_columns(content.pop("manifest"))
         place = {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
+        place["journal"] = str(path.with_suffix(".jsonl"))
         for length, figures in content.items():
             # part of the hardware: workers side by side are slower than one alone, and no table mixes the two
             hardware = setting["hardware"] + _workers(figures.get("workers_on_host", [1]))
@@ -172,7 +174,7 @@ def full_report(figures: pd.DataFrame, results: Path) -> str:
             parts += tables_of(rows)
             sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
             versions = "; ".join(sorted(set(rows["versions"])))
-            parts.append(f"{rows['samples'].max()} samples per length, {versions}. Files: {sources}.")
+            parts.append(f"{samples_of(rows)} samples per length, {versions}. Files: {sources}.")
     parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
     for path, content in read_records(results, "needle.json"):
         parts += [f"## Needles: {title_of_records(content)}", NEEDLES, needle_table(content), file_link(path, results)]
@@ -186,7 +188,16 @@ def file_link(path: Path, results: Path) -> str:
     return f"File: [{name}]({name})."
 
 
+def samples_of(rows: pd.DataFrame) -> str:
+    """`4`, or `2 to 6`."""
+    return " to ".join(str(count) for count in dict.fromkeys((rows["samples"].min(), rows["samples"].max())))
+
+
 def side_by_side(rows: pd.DataFrame) -> str:
+    """Standard and SpecExtend, each length on the prompts that both have answered."""
+    rows = on_shared(rows, (STANDARD, SPECEXTEND))
+    if rows.empty:
+        return "Neither standard nor SpecExtend was measured."
     prompt_tokens = rows.drop_duplicates("length").set_index("length")["prompt_tokens.mean"]
     baseline = pivot(rows, "autoregressive.decode_tokens_per_sec")[[STANDARD, SPECEXTEND]].mean(axis="columns")
     columns = {
@@ -214,17 +225,24 @@ def both(name: str, table: pd.DataFrame, *, digits: int = 2, ratio: bool = True)
 
 def all_methods(rows: pd.DataFrame) -> Iterator[str]:
     """Every method by length, a table per figure; what stands in brackets is said above each."""
+    yield "All methods, each over all prompts it has answered (how many: the last table)."
     yield "Draft tokens accepted per round:"
     yield by_length(rows, "avg_accept_length")
     yield "Decode speed-up over our autoregressive loop:"
     yield by_length(rows, "speedup_decode")
     yield "End-to-end speed-up over our autoregressive loop, ratio of totals (mean of the samples' ratios):"
     yield by_length(rows, "speedup", "speedup_mean_of_ratios")
-    naive = rows[rows["method"] == NAIVE].set_index("length")
+    naive = rows[rows["method"] == NAIVE]
     if not naive.empty:
-        over = rows.assign(**{name: rows[name] / rows["length"].map(naive[name]) for name in SPEEDUPS})
-        yield "Speed-up over Hugging Face's eager `generate`, end to end (decoding), each against our loop beside it:"
-        yield by_length(over[over["length"].isin(naive.index)], "speedup", "speedup_decode")
+        yield (
+            "Speed-up over Hugging Face's eager `generate`, end to end (decoding), each against our loop beside it, on "
+            "the prompts that both have answered:"
+        )
+        over = {name: {method: lead(rows, method, NAIVE, name) for method in set(rows["method"])} for name in SPEEDUPS}
+        at_naive = rows[rows["length"].isin(naive["length"])]
+        places = list(zip(at_naive["method"], at_naive["length"], strict=True))
+        leads = {name: [over[name][method].get(length) for method, length in places] for name in SPEEDUPS}
+        yield by_length(at_naive.assign(**leads), "speedup", "speedup_decode")
     yield "Seconds to the first token:"
     yield by_length(rows, "ttft_s")
     if "token_s.p50" in rows:
@@ -254,14 +272,22 @@ def methods_by_lengths(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def fastest(rows: pd.DataFrame) -> str:
-    """Which method wins at each length, decoding and end to end."""
-    said = []
-    for length, group in rows.dropna(subset=["speedup_decode", "speedup"]).groupby("length", sort=False):
-        winners = [
-            group.loc[group[figure].astype(float).idxmax(), "method"] for figure in ("speedup_decode", "speedup")
-        ]
-        said.append(f"{length}: {winners[0]}, {winners[1]}")
+    """Which method wins at each length, decoding and end to end: over each other on the prompts both have answered."""
+    winners = {figure: fastest_by(rows.dropna(subset=list(SPEEDUPS)), figure) for figure in SPEEDUPS}
+    said = [f"{length}: {', '.join(winners[figure][length] for figure in SPEEDUPS)}" for length in winners[SPEEDUPS[0]]]
     return f"Fastest while decoding, and end to end, at {'; '.join(said)}." if said else "No speeds to compare."
+
+
+def fastest_by(rows: pd.DataFrame, figure: str) -> dict[str, str]:
+    """By length the method whose smallest lead over another is largest."""
+    winners = {}
+    for length, group in rows.groupby("length", sort=False):
+        names = list(group["method"])
+        leads = pd.DataFrame(
+            [[lead(group, one, other, figure).get(length) for other in names] for one in names], index=names
+        ).astype(float)  # of a method over itself: 1, which changes no winner
+        winners[length] = leads.min(axis="columns").idxmax()
+    return winners
 
 
 def number(values: pd.Series, digits: int = 2) -> pd.Series:
@@ -280,12 +306,16 @@ def equal(rows: pd.DataFrame, method: str) -> pd.Series:
 def short_report(figures: pd.DataFrame) -> str:
     """Two tables, prompts by run, each cell standard and SpecExtend; then what the runs are."""
     compared = pd.concat(
-        [rows for _, rows in runs_of(figures) if {STANDARD, SPECEXTEND} <= set(rows["method"])] or [figures[:0]]
+        [
+            on_shared(cell, (STANDARD, SPECEXTEND))
+            for _, rows in runs_of(figures)
+            if {STANDARD, SPECEXTEND} <= set(rows["method"])
+            for _, cell in rows.groupby(["data", "temperature"], sort=False)
+        ]
+        or [figures[:0]]
     )
-    compared = compared[compared["method"].isin([STANDARD, SPECEXTEND])]
     runs = {
-        f"- `{Path(run['folder']).name}`: {title_of(run)}, {rows['samples'].min()} to {rows['samples'].max()} prompts "
-        f"per length"
+        f"- `{Path(run['folder']).name}`: {title_of(run)}, {samples_of(rows)} prompts per length"
         for run, rows in runs_of(compared)
     }
     parts = [

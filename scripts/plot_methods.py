@@ -10,6 +10,7 @@ import pandas as pd
 from figure_style import BLUE, GREY, ORANGE, RIVALS, STAGES, STYLES, line_of, note, shared_legend
 from matplotlib.figure import Figure
 from readings import METHODS
+from shared import on_shared
 
 ABLATION = {
     "standard": "standard",
@@ -19,6 +20,7 @@ ABLATION = {
     "cmr": "+ CMR",
     "specextend": "SpecExtend",
 }
+OWN = "each method over all prompts it has answered, which need not be the same"
 
 
 def method_figures(rows: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
@@ -49,7 +51,7 @@ def acceptance(rows: pd.DataFrame, title: str) -> Figure:
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set(xlabel="prompt tokens (nominal)", ylabel="accepted draft tokens per round", ylim=(0, None))
     shared_legend(figure, [axes])
-    note(figure, title)
+    note(figure, f"{title}\n{OWN}")
     return figure
 
 
@@ -84,7 +86,7 @@ def speedups(rows: pd.DataFrame, title: str) -> Figure:
     panels[0, 0].set_yticks(y, [METHODS[method] for method in present])
     figure.supxlabel("speed-up over our autoregressive loop, by prompt tokens (nominal)", fontsize=9)
     shared_legend(figure, [panels[0, 0]])
-    note(figure, title)
+    note(figure, f"{title}\n{OWN}")
     return figure
 
 
@@ -119,6 +121,7 @@ def stages(rows: pd.DataFrame, title: str) -> Figure:
 
 def ablation(rows: pd.DataFrame, title: str) -> Figure:
     """Each part alone on top of standard, and all (table 4): acceptance and end-to-end speed over standard."""
+    rows = on_shared(rows, ABLATION)
     lengths = list(rows["length"].unique())
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     base = rows[rows["method"] == "standard"].set_index("length")["speedup"].astype(float)

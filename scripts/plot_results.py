@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from plot_analyses import analysis_figures, needle_figure
 from plot_methods import method_figures
 from readings import read_records
+from shared import on_shared
 
 
 def main() -> None:
@@ -86,13 +87,13 @@ def panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], *, ti
             if panel.empty:
                 axes.set_axis_off()
                 continue
-            draw(axes, panel)
+            draw(axes, on_shared(panel))
     grid[0, 0].margins(y=0.1)
     grid[0, 0].set_ylim(bottom=0)  # shared; set last, once all panels are scaled
     figure.supylabel(label, fontsize=9)
     figure.supxlabel("prompt tokens (nominal)", fontsize=9)
     shared_legend(figure, list(grid.flat))
-    note(figure, f"{title}\nbands and whiskers: 10th to 90th percentile of the samples")
+    note(figure, f"{title}\nbands and whiskers: 10th to 90th percentile of the samples, at each length those of both")
     return figure
 
 

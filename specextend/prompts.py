@@ -46,7 +46,6 @@ def gather_prompts(
 
 def _builtin(engine: SpecExtend, length: int) -> EncodedPrompt:
     """The beginning of the language reference; plain text is cut at the end, so that the model continues it."""
-    text = builtin_text()
-    ids = engine.encode(text[: 16 * length])
+    ids = engine.encode(builtin_text())
     tail = ANSWER_MARKER if engine.models.preset.template else 0
     return EncodedPrompt(cut_to_fit(ids, length, tail), "Python language reference (pydoc_data.topics)", len(ids))

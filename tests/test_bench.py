@@ -323,6 +323,33 @@ def results(tmp_path) -> Path:
     return folder
 
 
+def write_journal(path: Path, method: str, records: list[SampleRecord]) -> None:
+    """A journal and the per-length file that `evaluate` writes of it."""
+    journal = Journal(path.with_suffix(".jsonl"), manifest(method))
+    for one in records:
+        journal.append(one)
+    write_json(path, aggregate(records) | {"manifest": {**manifest(method), "commits": [None]}})
+
+
+@pytest.fixture
+def unequal(tmp_path) -> Path:
+    """Standard has answered prompts 0 and 1, SpecExtend 0 to 2, the window 1 and 2; prompt 2 is the easy one."""
+
+    def measured(sample: int, accepted: int, decode_s: float) -> SampleRecord:
+        times = {"method": timing(257, 1.0, decode_s), "autoregressive": timing(257, 1.0, 8.0)}
+        changes = {"prompt_tokens": 16000 + 100 * sample, "accepted": [accepted] * 10, **times}
+        return record("16K", sample, **changes)
+
+    folder = tmp_path / "cpu" / "cpu_tree"
+    window = [measured(1, 2, 2.0), measured(2, 9, 1.0)]
+    write_journal(folder / "standard.json", "standard", [measured(0, 1, 16.0), measured(1, 2, 8.0)])
+    write_journal(
+        folder / "specextend.json", "specextend", [measured(0, 3, 4.0), measured(1, 4, 4.0), measured(2, 9, 0.5)]
+    )
+    write_journal(folder / "window.json", "fa_hta_streaming", window)
+    return tmp_path
+
+
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPTS / name, *map(str, arguments)], capture_output=True, text=True)
 
@@ -427,6 +454,98 @@ def test_goals_are_listed_whether_met_or_not(tmp_path):
     assert run_script("check_goals.py", "--results", tmp_path / "nowhere").returncode != 0
 
 
+def test_tables_compare_the_prompts_that_both_files_hold(unequal, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    assert run_script("make_tables.py", "--results", unequal, "--readme", readme).returncode == 0
+    report = (unequal / "REPORT.md").read_text()
+    (line,) = (line for line in report.splitlines() if line.startswith("| 16K | 16,050 |"))
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    # prompts 0 and 1: accepted 1.5 and 3.5; 512 tokens in 24 s and 8 s where AR takes 16 s
+    assert cells[2:5] == ["1.50", "3.50", "2.33"] and cells[7:13] == ["32.0", "21.3", "64.0", "0.67", "2.00", "3.00"]
+    assert cells[-2:] == ["2/2", "2/2"]
+    assert "| 16K | 1.59 → 3.07 | 1.50 → 3.50 | 1.38 → 2.82 | 0.69 → 1.80 |" in report
+    assert "| specextend | 5.33 |" in report  # alone, over all that it has answered
+    # on prompts 1 and 2 the window takes 3 s, SpecExtend 4.5 s; on prompts 0 and 1 standard takes thrice SpecExtend's
+    assert "at 16K: fa_hta_streaming, fa_hta_streaming." in report
+    text = readme.read_text()
+    assert "| govreport, 16K | 1.50 → 3.50 |" in text and "| govreport, 16K | 0.67 → 2.00 |" in text
+    assert "2 prompts per length" in text
+
+
+def test_goals_compare_the_prompts_that_both_files_hold(unequal):
+    assert run_script("check_goals.py", "--results", unequal).returncode == 0
+    goals = (unequal / "GOALS.md").read_text()
+    where = "govreport, temperature 0, CPU tree, 16K"
+    assert f"| decode speed, SpecExtend over standard | {where} | at least 1.00 | 3.00 |" in goals
+    assert f"| decode speed, SpecExtend over AR | {where} | at least 2.00 | 2.00 |" in goals
+    where = "cpu/cpu_tree, govreport, temperature 0, 16K"
+    # prompts 1 and 2: accepted 6.5 and 5.5, decoded in 4.5 s and 3 s
+    assert f"| accepted, SpecExtend over a StreamingLLM cache | {where} | at least 1.00 | 1.18 |" in goals
+    assert f"| decode speed, SpecExtend over the best other | {where} (fa_hta_streaming) |" in goals
+    assert "| at least 1.00 | 0.67 | **no** |" in goals
+
+
+def test_plots_compare_the_prompts_that_both_files_hold(unequal, monkeypatch):
+    plot = pytest.importorskip("plot_results")
+    drawn = []
+    monkeypatch.setattr(plot, "draw_accepted", lambda _, rows: drawn.append(rows.set_index("method")))
+    rows = plot.read_results(unequal)
+    rows = rows[rows["method"].isin(plot.STYLES)]
+    plot.panels(rows, plot.draw_accepted, title="", label="")
+    assert drawn[0]["avg_accept_length"].to_dict() == {"standard": 1.5, "specextend": 3.5}
+    assert drawn[0]["spread.avg_accept_length.p90"]["specextend"] == pytest.approx(3.9)
+
+
+def test_files_without_a_journal_are_compared_where_their_counts_agree(unequal):
+    from make_tables import read_results
+    from shared import lead, on_shared
+
+    rows = read_results(unequal).assign(journal=None)
+    assert on_shared(rows, ("standard", "specextend")).empty
+    assert len(on_shared(rows.assign(**{"prompt_tokens.mean": 16000.0}), ("standard", "fa_hta_streaming"))) == 2
+    assert lead(rows, "specextend", "nowhere", "speedup").empty
+
+
+def test_prompts_that_differ_are_not_shared(tmp_path):
+    from make_tables import read_results
+    from shared import on_shared
+
+    write_journal(tmp_path / "a.json", "standard", [record(), record(sample=1)])
+    write_journal(tmp_path / "b.json", "specextend", [record(), record(sample=1, prompt_sha256="another")])
+    assert on_shared(read_results(tmp_path))["samples"].tolist() == [1, 1]
+    write_journal(tmp_path / "c" / "a.json", "standard", [record()])
+    write_journal(tmp_path / "c" / "b.json", "specextend", [record(prompt_sha256="another")])
+    assert on_shared(read_results(tmp_path / "c")).empty
+
+
+@pytest.mark.parametrize("journal", sorted((ROOT / "results" / "cpu").rglob("*.jsonl")), ids=lambda path: path.stem)
+def test_figures_of_shared_records_are_those_of_an_evaluation(journal):
+    from shared import figures_of
+
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    for bucket, found in aggregate(map(SampleRecord.from_json, lines)).items():
+        whole = dict(_leaves(found))
+        mine = figures_of([line for line in lines if line["bucket"] == bucket])
+        assert mine == pytest.approx({name: whole[name] for name in mine})
+
+
+def test_speeds_of_unlike_workers_are_in_no_figure_of_shared_records():
+    from shared import figures_of
+
+    records = [record(sample=n, worker=Worker(0, "host", n + 1, 1, "cpu")).to_json() for n in range(2)]
+    assert figures_of(records)["avg_accept_length"] == 2 and "speedup" not in figures_of(records)
+    assert "speedup" in figures_of(records[:1])
+
+
+def _leaves(value, name=""):
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _leaves(inner, f"{name}.{key}" if name else key)
+
+
 def test_tables_say_what_is_missing(results, tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
@@ -441,7 +560,7 @@ def test_tables_say_what_is_missing(results, tmp_path):
 
 def test_plots_are_drawn_for_every_setting_and_do_not_change_with_the_date(tmp_path):
     results = tmp_path / "results"
-    write_results(results / "standard.json", "standard", 2.0, lengths=("1K",))
+    write_results(results / "standard.json", "standard", 2.0, lengths=("512",))
     write_results(results / "specextend.json", "specextend", 3.0)
     first = run_script("plot_results.py", "--results", results)
     assert first.returncode == 0, first.stderr

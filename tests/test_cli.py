@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specextend import cli, entry
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.data import builtin_text
 from specextend.errors import SpecExtendError
 from specextend.generate import Generation, Output, Round
 from specextend.models import PRESETS, Preset
@@ -276,6 +277,13 @@ def test_prompt_is_cut_only_when_input_len_says_so(classic, tmp_path):
 def test_built_in_text_fills_what_the_model_holds(classic):
     _, out, _ = classic("-max", "12", "--output_result_line")
     assert results(out)[0]["prompt_tokens"] == LIMIT - 12
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_built_in_text_is_said_to_be_as_long_as_it_is(length, classic):
+    _, whole, _ = classic("-max", "4", "--input_len", str(length))
+    said = re.search(rf"{length} tokens, cut from (\d+)", whole)
+    assert int(said[1]) > len(builtin_text()) // 2  # nearly a token per character
 
 
 def test_stop_flag_ends_the_answer(classic):

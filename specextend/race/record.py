@@ -76,7 +76,7 @@ class Race:
 
     Args:
         source: where the prompt came from, for people.
-        original_tokens: of the document before it was cut to `prompt_tokens`.
+        original_tokens: of what was read of the document, before it was cut to `prompt_tokens`.
         prompt_end: the prompt's last words, which the texts continue.
         selections: of SpecExtend's draft, one per refresh; empty where they could not be watched.
         differs_at: first output position at which two lanes differ, None if all are the same.
