@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 
-from specextend import SpecExtend, cli
-from specextend.entry import load_pair
+from specextend import SpecExtend
+from specextend.cli import flags
+from specextend.cli.commands import load_pair
 from specextend.errors import ConfigError
 from specextend.race.record import Racetrack
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0])
-    cli.add_model_flags(parser)
+    parser = flags.parser(__doc__.splitlines()[0])
+    flags.add_model_flags(parser)
     page = parser.add_argument_group("page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this machine need 0.0.0.0")
     page.add_argument("--port", type=int, default=7860, help="port to listen on")
@@ -30,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from specextend import cli, entry
+from specextend.cli import commands, flags
 
 
 def main() -> None:
-    parser = cli.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
-    cli.add_model_flags(parser)
-    entry.add_eval_flags(parser)
+    parser = flags.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
+    flags.add_model_flags(parser)
+    commands.add_eval_flags(parser)
     args = parser.parse_args()
-    entry.measure(args, partial(entry.load_pair, args))
+    commands.measure(args, partial(commands.load_pair, args))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

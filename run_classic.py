@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from functools import partial
 
-from specextend import cli, entry
+from specextend.cli import commands, flags
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0])
-    cli.add_model_flags(parser)
-    entry.add_run_flags(parser)
+    parser = flags.parser(__doc__.splitlines()[0])
+    flags.add_model_flags(parser)
+    commands.add_run_flags(parser)
     args = parser.parse_args()
-    entry.answer(args, partial(entry.load_pair, args))
+    commands.answer(args, partial(commands.load_pair, args))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

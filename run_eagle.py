@@ -10,16 +10,16 @@ from __future__ import annotations
 from functools import partial
 
 from eagle.entry import add_model_flags, load_pair
-from specextend import cli, entry
+from specextend.cli import commands, flags
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0])
+    parser = flags.parser(__doc__.splitlines()[0])
     add_model_flags(parser)
-    entry.add_run_flags(parser)
+    commands.add_run_flags(parser)
     args = parser.parse_args()
-    entry.answer(args, partial(load_pair, args))
+    commands.answer(args, partial(load_pair, args))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

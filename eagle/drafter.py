@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 
 from eagle.heads import Head
 from specextend.config import SpecExtendConfig
-from specextend.drafter import TreeDrafter
-from specextend.features import FeatureTap
-from specextend.tree import DraftTree, Level, grow
-from specextend.verify import Accepted
+from specextend.drafting.drafter import TreeDrafter
+from specextend.drafting.expansion import Level, grow
+from specextend.modeling.features import FeatureTap
+from specextend.trees.acceptance import Accepted
+from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    from specextend.fused import FusedDraft, Workspaces
+    from specextend.drafting.fused import FusedDraft
     from specextend.kernels.tree import TreeBuffers
+    from specextend.modeling.fused_target import Workspaces
 
 
 class EagleDrafter(TreeDrafter):
@@ -47,10 +49,10 @@ class EagleDrafter(TreeDrafter):
         return self._vocab_size if ids is None else len(ids)
 
     @property
-    def fits_kernels(self) -> bool:
-        from specextend.blocks import block_fits
+    def can_capture(self) -> bool:
+        from specextend.modeling.llama_blocks import is_block_supported
 
-        return block_fits(self.head.layers[0])
+        return is_block_supported(self.head.layers[0])
 
     def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
         from eagle.fused import FusedEagleDraft
@@ -62,9 +64,9 @@ class EagleDrafter(TreeDrafter):
         """State [1, H] of the root's pair, after the prefill."""
         return self._states
 
-    def prefill(self, prompt: Tensor, first: Tensor, room: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         """The prompt's pairs need keys and values only: nothing reads the block's output for them."""
-        self._reset(len(prompt), room)
+        self._reset(len(prompt), extra_slots)
         tokens, features = torch.cat((prompt[1:], first.reshape(1))), self.tap.take()
         block = self._prefill_block or len(prompt)
         for start in range(0, len(prompt) - 1, block):

@@ -6,19 +6,19 @@ import argparse
 
 from eagle.models import load_models
 from eagle.weights import KINDS
-from specextend import cli
+from specextend.cli import flags
 from specextend.errors import ConfigError
-from specextend.models import LoadedModels
+from specextend.models.loading import LoadedModels
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    cli.add_model_flags(parser)
+    flags.add_model_flags(parser)
     parser.add_argument("--head", choices=KINDS, help="else the preset's, or what --draft_model holds")
 
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:
     """The target with an EAGLE head as draft, as the flags say."""
-    if cli.ranks_from(args):
+    if flags.ranks_from(args):
         raise ConfigError(
             "an EAGLE head reads the target's embedding and readout, which --tensor_parallel spreads over devices; "
             "draft with a small model (run_classic.py, eval_classic.py)"

@@ -1,4 +1,4 @@
-"""An EAGLE head in captured rounds; caches, tree and retrieval are `specextend.fused`'s."""
+"""An EAGLE head in captured rounds; caches, tree and retrieval are `specextend.modeling.fused_target`'s."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from eagle.heads import Eagle1Head, Eagle3Head
-from specextend.blocks import FusedBlock, Slots, Workspaces, as_norm
-from specextend.fused import FusedDraft
+from specextend.drafting.fused import FusedDraft
 from specextend.kernels import linear
 from specextend.kernels.elementwise import rms_norm
 from specextend.kernels.tree import TreeBuffers
+from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_norm
 
 if TYPE_CHECKING:
     from eagle.drafter import EagleDrafter
@@ -44,7 +44,7 @@ class FusedEagleDraft(FusedDraft):
 
     def _read_level(self, tokens, below, slots, **where):
         self._hidden = self._run(tokens, self._hidden.index_select(0, below), slots, **where)
-        return self._head_logits(self._hidden, where["alive"])
+        return self._head_logits(self._hidden, where["active"])
 
     def _run(self, tokens: Tensor, states: Tensor, slots: Slots, **rest) -> Tensor:
         """Block output [T, H] of pairs."""
@@ -61,7 +61,7 @@ class FusedEagleDraft(FusedDraft):
         entry = torch.cat((rms_norm(embedding, as_norm(block.input_layernorm)), state), dim=-1)
         return state if block.norm_before_residual else states, entry
 
-    def _head_logits(self, hidden: Tensor, alive: Tensor | None = None) -> Tensor:
+    def _head_logits(self, hidden: Tensor, active: Tensor | None = None) -> Tensor:
         if isinstance(self._head, Eagle3Head):
-            hidden = rms_norm(hidden, as_norm(self._head.norm), alive)
-        return linear.linear(hidden, self._head.lm_head.weight, self._workspaces.linear, alive=alive)
+            hidden = rms_norm(hidden, as_norm(self._head.norm), active)
+        return linear.linear(hidden, self._head.lm_head.weight, self._workspaces.linear, active=active)

@@ -7,10 +7,10 @@ from functools import partial
 
 from eagle.drafter import EagleDrafter
 from eagle.weights import KINDS, load_head
-from specextend import models
-from specextend.checkpoints import find_checkpoint
 from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
+from specextend.models import loading, presets
+from specextend.models.checkpoints import find_checkpoint
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
 BUNDLED_RETRIEVAL = RetrievalConfig(top_k=32, every_n_steps=8)  # those heads have seen no more than 1,024 tokens
@@ -18,8 +18,8 @@ CPU_TREE = TreeConfig(12, 8, 0.35, 0.06)
 
 # (target preset, kind) -> the head's hub id or directory; the first of a target is its default
 HEADS = {
-    ("bundled", "eagle3"): str(models.BUNDLED_DIR / "eagle3"),
-    ("bundled", "eagle1"): str(models.BUNDLED_DIR / "eagle1"),
+    ("bundled", "eagle3"): str(presets.BUNDLED_DIR / "eagle3"),
+    ("bundled", "eagle1"): str(presets.BUNDLED_DIR / "eagle1"),
     ("vicuna_7b", "eagle1"): "jycha-98/EAGLE-vicuna-7b-v1.5-16k",
     ("longchat_7b", "eagle1"): "jycha-98/EAGLE-longchat-7b-16k",
     ("llama31_8b", "eagle3"): "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
@@ -34,17 +34,17 @@ def load_models(
     draft: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-) -> models.LoadedModels:
+) -> loading.LoadedModels:
     """Load a target with an EAGLE head.
 
     Args:
-        name_or_path: as for `specextend.models.load_models`.
+        name_or_path: as for `specextend.models.loading.load_models`.
         head: "eagle1", "eagle3" or None for the preset's, or for whatever `draft` holds.
         draft: directory or hub id of the head; None: the preset's.
     """
-    draft_id = draft or _head_of(models.find_preset(name_or_path).name, head)
+    draft_id = draft or _head_of(presets.find_preset(name_or_path).name, head)
     directory = find_checkpoint(draft_id)
-    loaded = models.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
+    loaded = loading.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
     return replace(
         loaded,
         preset=replace(
@@ -54,7 +54,7 @@ def load_models(
         ),
         draft=load_head(directory, loaded.target, head),
         drafter=partial(EagleDrafter, target=loaded.target),
-        draft_id=models.public_id(draft_id),
+        draft_id=presets.public_id(draft_id),
     )
 
 

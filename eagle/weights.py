@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from eagle.heads import Eagle1Head, Eagle3Head, Head
-from specextend.checkpoints import LOADING_ERRORS, one_line, quiet_transformers, read_json, weight_files
 from specextend.errors import ModelError
-from specextend.packed import pack_linears
+from specextend.modeling.packed import pack_linears
+from specextend.models.checkpoints import LOADING_ERRORS, one_line, quiet_transformers, read_json, weight_files
 
 KINDS = ("eagle1", "eagle3")
 NAMES = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}

@@ -1,4 +1,4 @@
-"""EAGLE heads widened to the shape of a large target, see `specextend.widen`."""
+"""EAGLE heads widened to the shape of a large target, see `specextend.models.widen`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from eagle.heads import Eagle1Head, Eagle3Head, Head
-from specextend.widen import (
+from specextend.models.widen import (
     STD,
     live_layers,
     wide_epsilon,

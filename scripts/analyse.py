@@ -36,14 +36,17 @@ from probe import Probe
 from readings import CACHES
 from records import Records, model_setting
 
-from specextend import SpecExtend, cli
-from specextend.data import builtin_text, cut_to_fit, find_buckets, parse_length, read_prompts
+from specextend import SpecExtend
+from specextend.cli import flags
+from specextend.cli.commands import load_pair
+from specextend.data.builtin import builtin_text
+from specextend.data.prompts import cut_to_fit, find_buckets, parse_length, read_prompts
+from specextend.decoding.sampling import greedy
 from specextend.engine import default_tree
-from specextend.entry import load_pair
 from specextend.errors import ConfigError
 from specextend.methods import METHODS
-from specextend.tree import DraftTree
-from specextend.verify import accept, greedy
+from specextend.trees.acceptance import accept
+from specextend.trees.tree import DraftTree
 
 READ = 64  # tokens of the text that a divergence is averaged over
 REPEATS = 20
@@ -72,10 +75,10 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser(
+    parser = flags.parser(
         "The paper's analyses: divergence, easy and hard tokens, chunks, sweeps, latencies, equation 1."
     )
-    cli.add_model_flags(parser)
+    flags.add_model_flags(parser)
     parser.add_argument("--data_dir", type=Path, help="folder of <name>_<length>.jsonl files; else the built-in text")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; all without it")
     parser.add_argument("--lengths", nargs="+", default=["1K", "2K", "4K", "8K"], help="of the prompts")
@@ -149,7 +152,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Step:
-    """A round of `specextend.generate.speculative`: positions are those of a refresh before it, None without one."""
+    """A round of decoding: positions are those of a refresh before it, None without one."""
 
     context: int
     tree: DraftTree
@@ -161,9 +164,9 @@ class Step:
 def watch(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> Iterator[Step]:
     """The greedy loop, with all that it sees."""
     target, drafter, retriever = engine._target, engine._drafter, engine._retriever
-    room = new_tokens + 2 * (engine.config.tree.nodes + 1)
-    first = target.prefill(prompt, room)[-1].argmax()
-    drafter.prefill(prompt, first, room)
+    extra_slots = new_tokens + 2 * (engine.config.tree.nodes + 1)
+    first = target.prefill(prompt, extra_slots)[-1].argmax()
+    drafter.prefill(prompt, first, extra_slots)
     made = rounds = 0
     while made < new_tokens:
         positions = None
@@ -360,4 +363,4 @@ PARTS: dict[str, Callable[[Study], None]] = {
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -27,15 +27,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from specextend import SpecExtend
-from specextend.attention import (
-    flash_attention,
-    masked_attention,
-    masked_flash_attention,
-    merge,
-)
-from specextend.bench import environment, write_json
-from specextend.packed import PackedLinear, can_pack
-from specextend.tree import DraftTree
+from specextend.evaluation.environment import environment
+from specextend.evaluation.journal import write_json
+from specextend.modeling.attention import flash_attention, masked_attention, masked_flash_attention, merge
+from specextend.modeling.packed import PackedLinear, can_pack
+from specextend.trees.tree import DraftTree
 
 ROWS = (1, 2, 5, 9, 13, 51)
 PREFIXES = (1024, 4096, 16000)

@@ -3,8 +3,9 @@
     python scripts/bench_gpu.py --data_dir data/govreport data/pg19 --output results/h200
     python scripts/bench_gpu.py --only stages --output results/h200     # takes one part anew, the others stay
 
-The bundled models are widened to the shapes of Vicuna-7B and Vicuna-68M (`specextend.widen`): their tokens, and so
-their acceptance, at the cost of the large models' weights. Everything runs in one process; medians after warm-up.
+The bundled models are widened to the shapes of Vicuna-7B and Vicuna-68M (`specextend.models.widen`): their
+tokens, and so their acceptance, at the cost of the large models' weights. Everything runs in one process;
+medians after warm-up.
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ from eagle.models import BUNDLED_RETRIEVAL, RETRIEVAL
 from eagle.models import load_models as load_eagle
 from eagle.widen import widen_head
 from specextend import SamplingConfig, SpecExtend, SpecExtendConfig
-from specextend.attention import NAME
-from specextend.bench import environment, first_difference, write_json
-from specextend.blocks import Workspaces
 from specextend.config import TreeConfig
-from specextend.data import builtin_text, find_buckets, read_prompts
-from specextend.fused import FusedTarget
+from specextend.data.builtin import builtin_text
+from specextend.data.prompts import find_buckets, read_prompts
+from specextend.evaluation.environment import environment
+from specextend.evaluation.journal import write_json
+from specextend.evaluation.records import first_difference
 from specextend.kernels import tree_attention
 from specextend.kernels.tree import TreeBuffers
-from specextend.models import LoadedModels, load_models
-from specextend.widen import SHAPES, Shape, widen
+from specextend.modeling.attention import NAME
+from specextend.modeling.fused_target import FusedTarget
+from specextend.modeling.llama_blocks import Workspaces
+from specextend.models.loading import LoadedModels, load_models
+from specextend.models.widen import SHAPES, Shape, widen
 
 PARTS = ("bandwidth", "kernels", "stages", "prefill", "trace", "decode", "eagle", "long")
 REPEATS = 20
@@ -338,7 +342,9 @@ class Bench:
         """Milliseconds to verify a chain of 64 behind what the engine's target read last."""
         tree = TreeBuffers(SLOTS, LONG_SHAPE.vocab, self.device)
         tree.depth.copy_(torch.arange(tree.slots))
-        tree.words.copy_(tree_attention.pack_mask(torch.ones(tree.slots, tree.slots, device=self.device).tril().bool()))
+        tree.ancestor_bits.copy_(
+            tree_attention.pack_mask(torch.ones(tree.slots, tree.slots, device=self.device).tril().bool())
+        )
         target = FusedTarget(engine._baseline, Workspaces(self.device), tree.slots)
         return median_ms(captured(lambda: target.verify(tree).argmax(-1)))
 

@@ -36,18 +36,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from specextend import attention, parallel
-from specextend.bench import environment, write_json
-from specextend.blocks import Workspaces
-from specextend.cache import KVCache
-from specextend.fused import FusedTarget, Root
+from specextend.evaluation.environment import environment
+from specextend.evaluation.journal import write_json
 from specextend.kernels.elementwise import Norm
 from specextend.kernels.tree_attention import pack_mask
-from specextend.parallel import Ranks
-from specextend.sharded import GroupReducer, PeerReducer, ShardedFusedTarget
-from specextend.target import Target
-from specextend.tree import DraftTree
-from specextend.widen import SHAPES, Shape
+from specextend.modeling import attention
+from specextend.modeling.cache import KVCache
+from specextend.modeling.fused_target import FusedTarget, Root
+from specextend.modeling.llama_blocks import Workspaces
+from specextend.modeling.target import Target
+from specextend.models import tensor_parallel
+from specextend.models.sharded_target import GroupReducer, PeerReducer, ShardedFusedTarget
+from specextend.models.tensor_parallel import Ranks
+from specextend.models.widen import SHAPES, Shape
+from specextend.trees.tree import DraftTree
 
 CASES = {
     "vicuna_7b": SHAPES["vicuna_7b"],
@@ -70,7 +72,7 @@ class Effort:
 
 def main() -> None:
     args = parse_args()
-    ranks = parallel.join("cpu" if args.smoke else "cuda")
+    ranks = tensor_parallel.join("cpu" if args.smoke else "cuda")
     effort = Effort(20, 4, 0, 1) if args.smoke else Effort(tokens=args.tokens)
     record = {
         "command": ["torchrun --nproc_per_node", str(ranks.count), "scripts/bench_parallel.py", *sys.argv[1:]],
@@ -82,7 +84,7 @@ def main() -> None:
     for name, shape in (TINY if args.smoke else {name: CASES[name] for name in args.shapes}).items():
         bench.measure(name, shape)
     print(json.dumps({"output": str(args.output), "ratios": bench.ratios()}))
-    parallel.leave()
+    tensor_parallel.leave()
 
 
 def parse_args() -> argparse.Namespace:
@@ -237,7 +239,7 @@ class Bench:
 
         def run() -> None:
             for _ in range(count):
-                sums.room(rows).zero_()
+                sums.part(rows).zero_()
                 sums.add_and_norm(residual, norm)
 
         replay, _ = self._captured(run, together=True)
@@ -287,7 +289,7 @@ class Nodes:
         tree = DraftTree.from_parents(tokens, (torch.arange(slots, device=device) - 2).clamp(min=0).index_fill(
             0, torch.zeros(1, dtype=torch.long, device=device), -1))  # fmt: skip
         self.tokens, self.depth, self.slots = tokens, tree.depth.int(), slots
-        self.words = pack_mask(tree.ancestors)
+        self.ancestor_bits = pack_mask(tree.ancestors)
 
 
 def random_llama(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:

@@ -25,13 +25,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from specextend import SpecExtend
-from specextend.bench import SampleRecord, write_json
-from specextend.data import Prompt, builtin_text
-from specextend.models import load_models
-from specextend.plan import Plan, Task
-from specextend.ray_workers import RayWorkers
-from specextend.widen import SHAPES, widen
-from specextend.workers import Unwatched
+from specextend.data.builtin import builtin_text
+from specextend.data.prompts import Prompt
+from specextend.evaluation.journal import write_json
+from specextend.evaluation.plan import Plan, Task
+from specextend.evaluation.ray_workers import RayWorkers
+from specextend.evaluation.records import SampleRecord
+from specextend.evaluation.workers import Unwatched
+from specextend.models.loading import load_models
+from specextend.models.widen import SHAPES, widen
 
 CHARACTERS_PER_TOKEN = 3.5  # of the built-in text, about
 

@@ -35,8 +35,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from specextend import SamplingConfig, SpecExtend
-from specextend.bench import ROOT, environment, write_json
-from specextend.data import builtin_text
+from specextend.data.builtin import builtin_text
+from specextend.evaluation.environment import ROOT, environment
+from specextend.evaluation.journal import write_json
 
 CHARACTERS = (200, 2000, 8000)  # of the prompts whose overhead is measured
 NEW_TOKENS = 128

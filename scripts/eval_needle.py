@@ -32,10 +32,12 @@ from readings import needle_shares
 from records import Records, model_setting
 from training.facts import Fact, make_facts
 
-from specextend import SpecExtend, cli
-from specextend.data import builtin_text, find_buckets, parse_length, read_prompts
+from specextend import SpecExtend
+from specextend.cli import flags
+from specextend.cli.commands import load_pair
+from specextend.data.builtin import builtin_text
+from specextend.data.prompts import find_buckets, parse_length, read_prompts
 from specextend.engine import default_tree
-from specextend.entry import load_pair
 from specextend.methods import METHODS
 
 SEED = 20_505_776  # of the facts: none of the training's
@@ -61,8 +63,8 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__.splitlines()[0])
-    cli.add_model_flags(parser)
+    parser = flags.parser(__doc__.splitlines()[0])
+    flags.add_model_flags(parser)
     parser.add_argument("--data_dir", type=Path, help="folder of <name>_<length>.jsonl files; else the built-in text")
     parser.add_argument("--lengths", nargs="+", default=["2K", "4K", "8K", "16K"], help="of the context, in tokens")
     parser.add_argument("--samples", "-n", type=int, default=4, help="facts per length and depth, each in its own text")
@@ -133,4 +135,4 @@ def source_name(data_dir: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -17,24 +17,26 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from specextend import SpecExtend, cli
-from specextend.bench import environment, write_json
-from specextend.cache import cache_shape
+from specextend import SpecExtend
+from specextend.cli import flags
 from specextend.config import prefill_block
+from specextend.data.encoded import gather_prompts
+from specextend.evaluation.environment import environment
+from specextend.evaluation.journal import write_json
 from specextend.methods import name_of
-from specextend.models import load_models
-from specextend.packed import weight_nbytes
-from specextend.prompts import gather_prompts
+from specextend.modeling.cache import cache_shape
+from specextend.modeling.packed import weight_nbytes
+from specextend.models.loading import load_models
 
 NEW_TOKENS = 16
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser("Peak memory of a prefill against the bytes it needs by count.")
+    parser = flags.parser("Peak memory of a prefill against the bytes it needs by count.")
     parser.add_argument("--input_len", type=int, default=16000, help="prompt tokens")
     parser.add_argument("--output_file", type=Path, default=Path("results/cpu/prefill_memory.json"))
-    cli.add_model_flags(parser)
-    cli.add_method_flags(parser)
+    flags.add_model_flags(parser)
+    flags.add_method_flags(parser)
     return parser.parse_args()
 
 
@@ -45,7 +47,7 @@ def main() -> None:
     models = load_models(
         args.model_name, draft=getattr(args, "draft_model", None), dtype=args.dtype, device=args.device
     )
-    engine = SpecExtend(models, cli.config_from(args, models))
+    engine = SpecExtend(models, flags.config_from(args, models))
     (prompt,) = gather_prompts(engine, None, 1, args.input_len, NEW_TOKENS)
     reset_peak()
     at_first_token = {}
@@ -114,4 +116,4 @@ def reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

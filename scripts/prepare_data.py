@@ -12,10 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout, installed or not
 
-from specextend.cli import run
-from specextend.data import parse_length
-from specextend.errors import InputError
-from specextend.prepare import (
+from specextend.cli.flags import run
+from specextend.data.prepare import (
     BUILTIN,
     DEFAULT_LENGTHS,
     DEFAULT_SAMPLES,
@@ -24,6 +22,8 @@ from specextend.prepare import (
     prepare_folder,
     prepare_known,
 )
+from specextend.data.prompts import parse_length
+from specextend.errors import InputError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from specextend import SpecExtend
+from specextend.drafting.retrieval import CrossModelRetrieval, StreamingWindow
+from specextend.drafting.self_speculation import SparseTarget
 from specextend.errors import InputError
 from specextend.methods import METHODS
-from specextend.retrieval import CrossModelRetrieval, StreamingWindow
-from specextend.selfdraft import SparseTarget
-from specextend.tree import DraftTree
+from specextend.trees.tree import DraftTree
 
 
 class Probe:

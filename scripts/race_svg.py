@@ -13,8 +13,8 @@ from html import escape
 from itertools import accumulate, groupby
 from typing import Any
 
+from specextend.drafting.retrieval import num_chunks
 from specextend.race.record import Lane, Race, Selection
-from specextend.retrieval import num_chunks
 
 WIDTH, MARGIN, GAP = 920, 24, 20
 COLUMN = (WIDTH - 2 * MARGIN - 2 * GAP) / 3

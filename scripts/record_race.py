@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from race_svg import race_svg
 from records import model_setting
 
-from specextend import SpecExtend, cli
-from specextend.bench import environment
-from specextend.entry import load_pair
+from specextend import SpecExtend
+from specextend.cli import flags
+from specextend.cli.commands import load_pair
 from specextend.errors import ConfigError, InputError
+from specextend.evaluation.environment import environment
 from specextend.race.documents import read_prompt
 from specextend.race.record import Race, Racetrack
 
@@ -41,8 +42,8 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser("Record a race on the built-in text and draw it as an animated SVG.")
-    cli.add_model_flags(parser)
+    parser = flags.parser("Record a race on the built-in text and draw it as an animated SVG.")
+    flags.add_model_flags(parser)
     parser.add_argument("--input_len", type=int, default=4096, help="prompt tokens")
     parser.add_argument("--max_gen_len", "-max", type=int, default=128, help="new tokens")
     parser.add_argument("--races", "-r", type=int, default=5, help="the one with the median time is kept")
@@ -72,4 +73,4 @@ def record(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

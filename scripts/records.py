@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from specextend.bench import environment, write_json
 from specextend.engine import SpecExtend
-from specextend.plan import public_name
+from specextend.evaluation.environment import environment
+from specextend.evaluation.journal import write_json
+from specextend.evaluation.plan import public_name
 
 
 class Records:

@@ -17,7 +17,7 @@ from beside_paper import markdown
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from specextend.config import RetrievalConfig, TreeConfig
-from specextend.widen import Shape
+from specextend.models.widen import Shape
 
 BYTES = 2  # of a weight or a cached number in float16 or bfloat16
 GB = 1e9

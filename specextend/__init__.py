@@ -1,10 +1,10 @@
 """SpecExtend: lossless speculative decoding that stays fast on long inputs (arXiv 2505.20776)."""
 
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.drop_in import custom_generate
+from specextend.decoding.output import Generation, Round
 from specextend.engine import SpecExtend
-from specextend.generate import Generation, Round
-from specextend.models import PRESETS
+from specextend.integrations.custom_generate import custom_generate
+from specextend.models.presets import PRESETS
 
 __all__ = [
     "PRESETS",

@@ -15,25 +15,26 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from specextend.attention import attention
-from specextend.cache import KVCache
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, override, prefill_block
-from specextend.data import Message, encode_chat, encode_prompt
-from specextend.drafter import Drafter, TreeDrafter
+from specextend.data.templates import Message, encode_chat, encode_prompt
+from specextend.decoding.hugging_face import hugging_face, plain_twin
+from specextend.decoding.loop import autoregressive, speculative
+from specextend.decoding.output import Generation, Output, Round
+from specextend.decoding.processors import ProcessedTarget
+from specextend.decoding.sampling import chooser, greedy
+from specextend.decoding.text import TextStream
+from specextend.drafting.drafter import Drafter, TreeDrafter
+from specextend.drafting.prompt_lookup import PromptLookup
+from specextend.drafting.retrieval import retriever
+from specextend.drafting.self_speculation import HierarchicalDrafter, SelfDrafter, SparseTarget
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
-from specextend.features import FeatureTap
-from specextend.generate import Generation, Output, Round, autoregressive, speculative
-from specextend.hugging_face import hugging_face, plain_twin
-from specextend.lookup import PromptLookup
-from specextend.models import LoadedModels, load_models
-from specextend.packed import return_freed_memory
-from specextend.processors import ProcessedTarget
-from specextend.retrieval import retriever
-from specextend.rope import make_exact
-from specextend.selfdraft import HierarchicalDrafter, SelfDrafter, SparseTarget
-from specextend.target import Target
-from specextend.text import TextStream
-from specextend.verify import chooser, greedy
+from specextend.modeling.attention import attention
+from specextend.modeling.cache import KVCache
+from specextend.modeling.features import FeatureTap
+from specextend.modeling.packed import return_freed_memory
+from specextend.modeling.rope import make_exact
+from specextend.modeling.target import Target
+from specextend.models.loading import LoadedModels, load_models
 
 GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured
@@ -109,8 +110,8 @@ class SpecExtend:
         """
         if self._models is None:
             return
-        turn, device = self._models.turn, self._models.device
-        with nullcontext() if turn.is_mine() else turn():  # a stream left open in this thread ends here
+        lock, device = self._models.lock, self._models.device
+        with nullcontext() if lock.is_mine() else lock():  # a stream left open in this thread ends here
             self._models = self._cache = self._drafter = self._target = self._baseline = None
             self._speculative = self._autoregressive = None
         gc.collect()
@@ -140,7 +141,7 @@ class SpecExtend:
         """Prompt plus new tokens the target can hold."""
         return self.models.limit
 
-    def fits(self, max_new_tokens: int) -> int:
+    def max_prompt_tokens(self, max_new_tokens: int) -> int:
         """Longest prompt, in tokens, that leaves room for `max_new_tokens`."""
         return self.limit - max_new_tokens
 
@@ -180,7 +181,7 @@ class SpecExtend:
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
         """
-        with self.models.turn():
+        with self.models.lock():
             loop, output = self._speculate(prompt, max_new_tokens, sampling, stop, processors, until)
             return self._finish(loop, output, on_round)
 
@@ -198,7 +199,7 @@ class SpecExtend:
         on_round: Observer | None = None,
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
-        with self.models.turn():
+        with self.models.lock():
             ids, output = self._begin(prompt, max_new_tokens, stop, 1)
             return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
 
@@ -207,7 +208,7 @@ class SpecExtend:
 
         Between the first piece and its end no other generation of these models begins.
         """
-        with self.models.turn():
+        with self.models.lock():
             loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
             text = TextStream(output.decode, stop)
             for _ in loop:
@@ -254,8 +255,8 @@ class SpecExtend:
             return None, decode
         tree = self.config.tree
         fits = isinstance(drafter, TreeDrafter) and tree.nodes < MAX_SLOTS and self.config.hybrid_tree_attention
-        if captures and fits and drafter.fits_kernels:
-            from specextend.graphs import CapturedSpeculation
+        if captures and fits and drafter.can_capture:
+            from specextend.decoding.graphs import CapturedSpeculation
 
             return CapturedSpeculation(self._target, drafter, self._retriever, tree), decode
 
@@ -266,7 +267,7 @@ class SpecExtend:
 
     def _baseline_loop(self, captures: bool) -> Loop:
         if captures:
-            from specextend.graphs import CapturedDecoding
+            from specextend.decoding.graphs import CapturedDecoding
 
             return CapturedDecoding(self._baseline)
         return lambda sampling, ids, output: autoregressive(self._baseline, chooser(sampling), ids, output)
@@ -283,16 +284,16 @@ class SpecExtend:
         ids = self.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt, device=self.models.device)
         if ids.ndim != 1 or not len(ids):
             raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
-        if self.fits(max_new_tokens) < 1:
+        if self.max_prompt_tokens(max_new_tokens) < 1:
             raise CapacityError(
                 f"max_gen_len is {max_new_tokens}, but {self.models.name} holds {self.limit} positions, the prompt's "
                 f"included; ask for at most {self.limit - 1}"
             )
-        if len(ids) > self.fits(max_new_tokens):
+        if len(ids) > self.max_prompt_tokens(max_new_tokens):
             raise CapacityError(
                 f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but {self.models.name} "
-                f"holds {self.limit} positions; use at most {self.fits(max_new_tokens)} prompt tokens (--input_len "
-                "cuts the prompt to fit) or a smaller --max_gen_len"
+                f"holds {self.limit} positions; use at most {self.max_prompt_tokens(max_new_tokens)} prompt tokens "
+                "(--input_len cuts the prompt to fit) or a smaller --max_gen_len"
             )
         if self.models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.models.device)
@@ -300,7 +301,7 @@ class SpecExtend:
         output = Output(
             prompt_tokens=len(ids),
             max_new_tokens=max_new_tokens,
-            room=max_new_tokens + slots,
+            extra_slots=max_new_tokens + slots,
             eos_token_ids=self.models.eos_token_ids,
             stop=tuple(stop),
             decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
@@ -321,9 +322,9 @@ def can_capture(models: LoadedModels) -> bool:
     """Whether rounds can be captured as CUDA graphs: on one GPU with Triton, for targets the kernels compute."""
     if models.device.type != "cuda" or models.ranks > 1 or importlib.util.find_spec("triton") is None:
         return False
-    from specextend.blocks import fits
+    from specextend.modeling.llama_blocks import is_supported
 
-    return fits(models.target)
+    return is_supported(models.target)
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
@@ -340,7 +341,7 @@ def _build_target(
     models: LoadedModels, config: SpecExtendConfig, cache: KVCache, tap: FeatureTap | None = None, *, fused: bool
 ) -> Target:
     if fused and config.flash_prefill:
-        from specextend.prefill import FusedPrefillTarget
+        from specextend.modeling.fused_prefill import FusedPrefillTarget
 
         make = FusedPrefillTarget
     else:

@@ -1,6 +1,6 @@
 """Named errors of the caller's making: each says what was given, what is allowed and the way out.
 
-The entry points turn every `SpecExtendError` into one line on stderr and exit status 2 (`specextend.cli.run`).
+The entry points turn every `SpecExtendError` into one line on stderr and exit status 2 (`specextend.cli.flags.run`).
 """
 
 

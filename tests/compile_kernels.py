@@ -41,18 +41,18 @@ def launch_all(rows: int) -> None:
     tables, norm = (empty(16384, 128), empty(16384, 128)), Norm(empty(4096), 1e-5)
     cache = KeyValue(empty(32, 16384, 128), empty(32, 16384, 128), length)
     where = Placement(*tables, length, depth=empty(rows, dtype=torch.int32))
-    x, inner, alive = empty(rows, 4096), empty(rows, 11008), empty(2, dtype=torch.float32)
+    x, inner, active = empty(rows, 4096), empty(rows, 11008), empty(2, dtype=torch.float32)
     linear.rotary(x, empty(12288, 4096), work, where, cache, norm=norm)
     newest = Placement(*tables, length)
     linear.rotary(x[:11], empty(12288, 4096), work, newest, cache, norm=norm, full=cache)
     linear.swiglu(x, empty(22016, 4096), work, norm=norm)
     linear.linear(x, empty(4096, 4096), work, residual=x)
     linear.linear(inner, empty(4096, 11008), work, residual=x)
-    linear.linear(x, empty(32000, 4096), work, alive=alive)
+    linear.linear(x, empty(32000, 4096), work, active=active)
     launch = tree_attention.Launch(splits=4)
     words, query = empty(rows, -(-rows // 32), dtype=torch.int32), empty(32, rows, 128)
     tree_attention.tree_attention(
-        query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, alive=alive
+        query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, active=active
     )
     scores.attention_row(query, empty(32, rows, dtype=torch.float32), length, cache.keys, length, 0.1)
     addresses = empty(2, dtype=torch.int64)

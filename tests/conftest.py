@@ -18,11 +18,12 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specextend.attention import NAME
 from specextend.config import SpecExtendConfig
-from specextend.drafter import ClassicDrafter
+from specextend.drafting.small_lm import ClassicDrafter
 from specextend.engine import SpecExtend
-from specextend.models import LoadedModels, Preset, load_models
+from specextend.modeling.attention import NAME
+from specextend.models.loading import LoadedModels, load_models
+from specextend.models.presets import Preset
 
 torch.set_num_threads(1)
 settings.register_profile(

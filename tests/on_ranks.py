@@ -18,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_classic
 import run_classic
-from specextend import parallel
-from specextend.checkpoints import read_config
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.drafter import ClassicDrafter
+from specextend.drafting.small_lm import ClassicDrafter
 from specextend.engine import SpecExtend
 from specextend.errors import SpecExtendError
-from specextend.models import LoadedModels, Preset
+from specextend.models import tensor_parallel
+from specextend.models.checkpoints import read_config
+from specextend.models.loading import LoadedModels
+from specextend.models.presets import Preset
 
 NEW_TOKENS = 16
 SMALL = {"tree": TreeConfig(8, 4, 0.1), "retrieval": RetrievalConfig(8, 3, 2)}
@@ -71,7 +72,7 @@ def generations(models: LoadedModels) -> dict[str, list]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    ranks, seen, said = parallel.join("cpu", check=True), {}, io.StringIO()
+    ranks, seen, said = tensor_parallel.join("cpu", check=True), {}, io.StringIO()
     draft = torch.load(folder / "draft.pt", weights_only=False)
     for path in sorted(folder.glob("target_*")):
         target = ranks.load(path, read_config(path), torch.float32)
@@ -83,8 +84,8 @@ def main() -> None:
         seen[f"{path.name} cache"] = list(engine._cache.buffer.shape)
     seen["parted"] = parted(models, ranks)
 
-    with contextlib.redirect_stdout(said if parallel.speaks() else sys.stdout):
-        parallel.leave, leave = lambda: None, parallel.leave  # several programs in one process group
+    with contextlib.redirect_stdout(said if tensor_parallel.speaks() else sys.stdout):
+        tensor_parallel.leave, leave = lambda: None, tensor_parallel.leave  # several programs in one process group
         for program, flags in json.loads((folder / "programs.json").read_text()):
             sys.argv = [program, *flags]
             {"run_classic.py": run_classic, "eval_classic.py": eval_classic}[program].main()
@@ -94,14 +95,14 @@ def main() -> None:
                 run_classic.main()
             except SpecExtendError as error:
                 seen[flags[-1]] = str(error)
-    if parallel.speaks():
+    if tensor_parallel.speaks():
         (folder / "seen.json").write_text(json.dumps(seen | {"said": said.getvalue()}))
     else:
         assert sys.stdout.name == "/dev/null"
     leave()
 
 
-def parted(models: LoadedModels, ranks: parallel.Ranks) -> str:
+def parted(models: LoadedModels, ranks: tensor_parallel.Ranks) -> str:
     """What the check says when one rank's draft proposes other tokens."""
 
     class Wayward(ClassicDrafter):

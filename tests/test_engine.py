@@ -13,10 +13,10 @@ import pytest
 
 from specextend import SpecExtend
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig, override
-from specextend.data import encode_chat, format_chat
+from specextend.data.templates import encode_chat, format_chat
+from specextend.decoding.html import spans_by_origin
+from specextend.decoding.output import Generation, Round
 from specextend.errors import ConfigError, InputError
-from specextend.generate import Generation, Round
-from specextend.html import spans_by_origin
 
 TREE = TreeConfig(12, 4, 0.1)
 SPECEXTEND = SpecExtendConfig.specextend(tree=TREE, retrieval=RetrievalConfig(8, 6, 2))

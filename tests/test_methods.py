@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from specextend import cli, entry
+from specextend.cli import commands, flags
 from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.decoding.hugging_face import plain_twin
+from specextend.drafting.prompt_lookup import continuation
+from specextend.drafting.self_speculation import HierarchicalDrafter
 from specextend.errors import ConfigError
-from specextend.hugging_face import plain_twin
-from specextend.lookup import continuation
 from specextend.methods import METHODS, find_method, name_of
-from specextend.selfdraft import HierarchicalDrafter
 
 TREE = TreeConfig(nodes=12, max_depth=4, threshold=0.1)
 RETRIEVAL = RetrievalConfig(chunk_size=8, top_k=6, every_n_steps=2)
@@ -141,8 +141,8 @@ def test_prompt_lookup_proposes_nothing_for_new_tokens_and_all_of_a_loop(make_mo
 
 
 def parse(*flags: str):
-    parser = cli.parser("test")
-    cli.add_method_flags(parser)
+    parser = flags.parser("test")
+    flags.add_method_flags(parser)
     return parser.parse_args(flags)
 
 
@@ -175,28 +175,28 @@ def test_methods_that_share_the_fast_parts_differ_in_the_draft_alone():
     "flags", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
 )
 def test_use_specextend_is_the_method_of_that_name(flags):
-    assert cli.methods_from(parse(*flags)) == ["specextend"]
+    assert flags.methods_from(parse(*flags)) == ["specextend"]
 
 
 def test_without_flags_the_method_is_standard():
-    assert cli.methods_from(parse()) == ["standard"]
+    assert flags.methods_from(parse()) == ["standard"]
 
 
 def test_evaluations_take_several_methods_each_with_its_own_file():
-    parser = cli.parser("test")
-    entry.add_eval_flags(parser)
-    names = cli.methods_from(parser.parse_args(["--method", "cmr", "magicdec"]))
+    parser = flags.parser("test")
+    commands.add_eval_flags(parser)
+    names = flags.methods_from(parser.parse_args(["--method", "cmr", "magicdec"]))
     assert names == ["cmr", "magicdec"]
-    assert entry._output_files(None, names) == {"cmr": None, "magicdec": None}
-    files = entry._output_files(Path("a/x_{method}.json"), names)
+    assert commands._output_files(None, names) == {"cmr": None, "magicdec": None}
+    files = commands._output_files(Path("a/x_{method}.json"), names)
     assert files == {"cmr": Path("a/x_cmr.json"), "magicdec": Path("a/x_magicdec.json")}
     with pytest.raises(ConfigError, match=r"a\.json for 2 methods; put \{method\} into its name"):
-        entry._output_files(Path("a.json"), names)
+        commands._output_files(Path("a.json"), names)
 
 
 def test_contradicting_and_unknown_methods_are_refused():
     with pytest.raises(ConfigError, match="contradicts --method standard"):
-        cli.methods_from(parse("--use_specextend", "--method", "standard"))
+        flags.methods_from(parse("--use_specextend", "--method", "standard"))
     with pytest.raises(ConfigError, match="'medusa' is unknown; choose one of autoregressive, "):
         find_method("medusa")
 

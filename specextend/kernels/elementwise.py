@@ -52,15 +52,15 @@ class Norm:
     epsilon: float
 
 
-def rms_norm(x: Tensor, norm: Norm, alive: Tensor | None = None) -> Tensor:
+def rms_norm(x: Tensor, norm: Norm, active: Tensor | None = None) -> Tensor:
     """RMSNorm of `x` [T, H] as transformers computes it: normed in float32, rounded, then scaled.
 
     Args:
-        alive: [>= 1] float32, device; where its first is not positive, the launch ends at once.
+        active: [>= 1] float32, device; where its first is not positive, the launch ends at once.
     """
     out = torch.empty_like(x)
     _norm[(len(x),)](
-        x, norm.weight, out, alive if alive is not None else x, x.shape[1], norm.epsilon, GATED=alive is not None,
+        x, norm.weight, out, active if active is not None else x, x.shape[1], norm.epsilon, GATED=active is not None,
         SIZE=triton.next_power_of_2(x.shape[1]), num_warps=8,
     )  # fmt: skip
     return out
@@ -101,10 +101,10 @@ def gate(x: Tensor) -> Tensor:
 
 @triton.jit
 def _norm(
-    x, weight, out, alive, columns, epsilon, GATED: tl.constexpr, SIZE: tl.constexpr
+    x, weight, out, active, columns, epsilon, GATED: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
-        if tl.load(alive) <= 0:
+        if tl.load(active) <= 0:
             return
     column = tl.arange(0, SIZE)
     inside = column < columns

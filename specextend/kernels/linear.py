@@ -54,55 +54,55 @@ class Workspace:
 
 
 def linear(
-    x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None, alive: Tensor | None = None,
+    x: Tensor, weight: Tensor, workspace: Workspace, *, residual: Tensor | None = None, active: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, N]: `x` [T, K] times `weight` [N, K] transposed, plus `residual` [T, N].
 
     Args:
-        alive: [>= 1] float32, device; where its first is not positive, the launch ends at once and computes nothing.
+        active: [>= 1] float32, device; where its first is not positive, the launch ends at once and computes nothing.
     """
     out = x.new_empty(len(x), len(weight))
     launch = launch or launch_for(PLAIN, x, len(weight))
     tiles = triton.cdiv(len(weight), 2 * launch.cols)
-    _run(PLAIN, x, weight, workspace, launch, tiles, None, out, residual=residual, alive=alive)
+    _run(PLAIN, x, weight, workspace, launch, tiles, None, out, residual=residual, active=active)
     return out
 
 
 def swiglu(
-    x: Tensor, weight: Tensor, workspace: Workspace, *, norm: Norm | None = None, alive: Tensor | None = None,
+    x: Tensor, weight: Tensor, workspace: Workspace, *, norm: Norm | None = None, active: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """[T, F]: SiLU(gate) * up of `x` [T, K], normed if asked; `weight` [2 F, K] holds gate over up."""
-    x, norm = _normed(x, norm, alive)
+    x, norm = _normed(x, norm, active)
     out = x.new_empty(len(x), len(weight) // 2)
     launch = launch or launch_for(SWIGLU, x, len(weight))
-    _run(SWIGLU, x, weight, workspace, launch, triton.cdiv(out.shape[1], launch.cols), norm, out, alive=alive)
+    _run(SWIGLU, x, weight, workspace, launch, triton.cdiv(out.shape[1], launch.cols), norm, out, active=active)
     return out
 
 
 def rotary(
     x: Tensor, weight: Tensor, workspace: Workspace, where: Placement, cache: KeyValue, *,
-    norm: Norm | None = None, full: KeyValue | None = None, alive: Tensor | None = None, launch: Launch | None = None,
+    norm: Norm | None = None, full: KeyValue | None = None, active: Tensor | None = None, launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """Rotated queries [H, T, D] of `x` [T, K]; keys, rotated, and values go to `cache`, un-rotated to `full`, too.
 
     Args:
         weight: [(H + 2 H_kv) D, K], heads of q over those of k over those of v.
     """
-    x, norm = _normed(x, norm, alive)
+    x, norm = _normed(x, norm, active)
     kv_heads, _, dim = cache.keys.shape
     out = x.new_empty(len(weight) // dim - 2 * kv_heads, len(x), dim)
     launch = launch or launch_for(ROTARY, x, len(weight), dim // 2)
     assert dim // 2 % launch.cols == 0, "a tile lies within a head"
     tiles = len(weight) // (2 * launch.cols)
-    _run(ROTARY, x, weight, workspace, launch, tiles, norm, out, where=where, cache=cache, full=full, alive=alive)
+    _run(ROTARY, x, weight, workspace, launch, tiles, norm, out, where=where, cache=cache, full=full, active=active)
     return out
 
 
-def _normed(x: Tensor, norm: Norm | None, alive: Tensor | None) -> tuple[Tensor, Norm | None]:
+def _normed(x: Tensor, norm: Norm | None, active: Tensor | None) -> tuple[Tensor, Norm | None]:
     """Several rows are normed in a launch of their own: beside the matrix unit's work it would take longer."""
-    return (x, norm) if norm is None or len(x) == 1 else (rms_norm(x, norm, alive), None)
+    return (x, norm) if norm is None or len(x) == 1 else (rms_norm(x, norm, active), None)
 
 
 def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
@@ -128,7 +128,7 @@ def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
 def _run(
     kind: int, x: Tensor, weight: Tensor, workspace: Workspace, launch: Launch, tiles: int, norm: Norm | None,
     out: Tensor, *, residual: Tensor | None = None, where: Placement | None = None, cache: KeyValue | None = None,
-    full: KeyValue | None = None, alive: Tensor | None = None,
+    full: KeyValue | None = None, active: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, inner = x.shape
     block = 1 if rows == 1 else min(128, max(16, triton.next_power_of_2(rows)))
@@ -137,12 +137,12 @@ def _run(
     turn, cached = where or Placement(x, x, x), cache or KeyValue(out, out)
     _kernel[(tiles, launch.splits)](
         x, weight, norm.weight if norm else x, norm.epsilon if norm else 0.0,
-        residual if residual is not None else x, alive if alive is not None else x,
+        residual if residual is not None else x, active if active is not None else x,
         workspace.parts, workspace.squares, workspace.arrived, rows, len(weight), inner,
         *placed(out, turn, cached, full),
         HEADS=out.shape[0] if kind == ROTARY else 1, KV_HEADS=cached.keys.shape[0] if kind == ROTARY else 1,
         HALF=cached.keys.shape[-1] // 2 if kind == ROTARY else launch.cols, KIND=kind, NORM=norm is not None,
-        RESIDUAL=residual is not None, FULL=full is not None, DEPTHS=turn.depth is not None, GATED=alive is not None,
+        RESIDUAL=residual is not None, FULL=full is not None, DEPTHS=turn.depth is not None, GATED=active is not None,
         SPLITS=launch.splits, ROWS=block, COLS=launch.cols, DEPTH=launch.depth,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _run(
 
 @triton.jit
 def _kernel(
-    x, weight, gain, epsilon, residual, alive, parts, squares, arrived, rows, columns, inner,
+    x, weight, gain, epsilon, residual, active, parts, squares, arrived, rows, columns, inner,
     out, cos, sin, length, depths, shift, step, offset, keys, values, key_head, cache_row, value_head,
     full_keys, full_values, full_length, full_key_head, full_value_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
@@ -174,7 +174,7 @@ def _kernel(
     high_at = weight + high.to(tl.int64)[:, None] * inner + d[None, :]
     until = tl.minimum(begin + share, inner)
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
-        if tl.load(alive) <= 0:
+        if tl.load(active) <= 0:
             return
     if ROWS == 1:  # one row: products lane by lane, summed at the end
         sum_a = tl.zeros([COLS, DEPTH], tl.float32)

@@ -283,7 +283,7 @@ class TreeBuffers:
     """What growing and judging trees of one `TreeConfig` needs; a captured graph keeps pointing at it.
 
     Attributes:
-        tokens: [T] int64, parents, depth, used: [T] int32, words: [T, ceil(T / 32)] int32 of the finished tree.
+        tokens: [T] int64, parents, depth, used: [T] int32, ancestor_bits: [T, ceil(T / 32)] int32 of the finished tree.
         path, emitted: [P] int64, count, newest: [] int64 of the verdict; beyond `count` anything.
     """
 
@@ -294,24 +294,24 @@ class TreeBuffers:
         every = width * config.max_depth
         self.slots = min(config.nodes, every) + 1
 
-        def room(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.kept_per_row = triton.next_power_of_2(width)
-        self.child_tokens = room(width, self.kept_per_row)
-        self.child_scores = room(width, self.kept_per_row, dtype=torch.float32)
-        self._close_at = room(width, ROOM)
-        self.level_tokens, self.below = room(width, dtype=torch.int64), room(width, dtype=torch.int64)
-        self.above = room(width, dtype=torch.float32)
-        self.all_tokens, self.all_parents = room(every, dtype=torch.int64), room(every)
-        self.all_scores, self.state = room(every, dtype=torch.float32), room(2, dtype=torch.float32)
-        self.all_words = room(every, -(-every // WORD))
-        self.kept, self.order = room(self.slots), room(every + 1)
-        self.tokens, self.parents = room(self.slots, dtype=torch.int64), room(self.slots)
-        self.depth, self.used = room(self.slots), room(self.slots)
-        self.words = room(self.slots, -(-self.slots // WORD))
+        self.child_tokens = zeros(width, self.kept_per_row)
+        self.child_scores = zeros(width, self.kept_per_row, dtype=torch.float32)
+        self._close_at = zeros(width, ROOM)
+        self.level_tokens, self.below = zeros(width, dtype=torch.int64), zeros(width, dtype=torch.int64)
+        self.above = zeros(width, dtype=torch.float32)
+        self.all_tokens, self.all_parents = zeros(every, dtype=torch.int64), zeros(every)
+        self.all_scores, self.state = zeros(every, dtype=torch.float32), zeros(2, dtype=torch.float32)
+        self.all_ancestor_bits = zeros(every, -(-every // WORD))
+        self.kept, self.order = zeros(self.slots), zeros(every + 1)
+        self.tokens, self.parents = zeros(self.slots, dtype=torch.int64), zeros(self.slots)
+        self.depth, self.used = zeros(self.slots), zeros(self.slots)
+        self.ancestor_bits = zeros(self.slots, -(-self.slots // WORD))
         steps = min(config.max_depth + 1, self.slots)
-        self.path, self.emitted = room(steps, dtype=torch.int64), room(steps, dtype=torch.int64)
+        self.path, self.emitted = zeros(steps, dtype=torch.int64), zeros(steps, dtype=torch.int64)
         self.count, self.newest, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
         self._fresh = torch.tensor([1.0, 0.0], device=device)  # a tree still grows, and expects nothing
 
@@ -334,10 +334,10 @@ class TreeBuffers:
             KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
             BITS=BITS[logits.dtype], num_warps=8,
         )  # fmt: skip
-        words = self.all_words.shape[1]
+        words = self.all_ancestor_bits.shape[1]
         _level[(1,)](
             self.child_tokens, self.child_scores, self.level_tokens, self.below, self.above,
-            self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.state,
+            self.all_tokens, self.all_parents, self.all_scores, self.all_ancestor_bits, self.state,
             level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
             KEPT=self.kept_per_row, WORDS=words, PADDED=triton.next_power_of_2(words),
             SIZE=triton.next_power_of_2(self.width * wide),
@@ -348,18 +348,18 @@ class TreeBuffers:
         """The tree below `root` [] out of all levels."""
         every = len(self.all_scores)
         _tree[(1,)](
-            root, self.all_tokens, self.all_parents, self.all_scores, self.all_words, self.kept, self.order,
-            self.tokens, self.parents, self.depth, self.used, self.words, every, self.width, self.slots,
-            WORDS=self.all_words.shape[1], TREE_WORDS=self.words.shape[1], ALL=triton.next_power_of_2(every + 1),
-            SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
+            root, self.all_tokens, self.all_parents, self.all_scores, self.all_ancestor_bits, self.kept, self.order,
+            self.tokens, self.parents, self.depth, self.used, self.ancestor_bits, every, self.width, self.slots,
+            WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=self.ancestor_bits.shape[1],
+            ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
         )  # fmt: skip
 
     def accept(self, chosen: Tensor, length: Tensor) -> None:
         """The verdict of the target's choices `chosen` [T] int64; adds the accepted to `length` [] in place."""
         _accept[(1,)](
-            self.tokens, self.parents, self.used, self.words, chosen, self.path, self.emitted, self.count,
+            self.tokens, self.parents, self.used, self.ancestor_bits, chosen, self.path, self.emitted, self.count,
             self.newest, self.start, length, self.slots,
-            WORDS=self.words.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
+            WORDS=self.ancestor_bits.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
         )  # fmt: skip
 
     def compact(self, keys: Tensor, values: Tensor) -> None:

@@ -76,7 +76,7 @@ def tree_attention(
     slots: int,
     launch: Launch,
     workspace: Workspace | None = None,
-    alive: Tensor | None = None,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of tree nodes over a static cache.
 
@@ -87,7 +87,7 @@ def tree_attention(
         mask: [T, ceil(slots / 32)] int32 as `pack_mask` makes it; every query sees some prefix or slot.
         scaling: factor on the scores.
         slots: K, number of slots behind the prefix.
-        alive: [>= 1] float32, device; where its first is not positive, the launches end at once and compute nothing.
+        active: [>= 1] float32, device; where its first is not positive, the launches end at once and compute nothing.
     Returns:
         output [H, T, D] in the query's dtype, in memory [T, H, D] as the output projection reads it, and lse [H, T]
         float32 (natural logarithm).
@@ -99,7 +99,7 @@ def tree_attention(
     workspace = workspace or Workspace(heads, queries, dim, launch.splits, query.device)
     output = query.new_empty(queries, heads, dim)
     lse = torch.empty(heads, queries, dtype=torch.float32, device=query.device)
-    gated, gate = alive is not None, alive if alive is not None else lse
+    gated, gate = active is not None, active if active is not None else lse
     _split[(launch.splits, kv_heads, triton.cdiv(groups * queries, rows))](
         query, keys, values, length, mask, gate, workspace.output, workspace.lse,
         scaling * LOG2E, queries, slots, heads,
@@ -117,7 +117,7 @@ def tree_attention(
 
 @triton.jit
 def _split(
-    query, keys, values, length, mask, alive, partial, partial_lse,
+    query, keys, values, length, mask, active, partial, partial_lse,
     scale, queries, slots, heads,
     query_head, query_row, key_head, key_row, value_head, value_row, mask_row,
     GATED: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -132,7 +132,7 @@ def _split(
     keys += kv_head.to(tl.int64) * key_head
     values += kv_head.to(tl.int64) * value_head
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
-        if tl.load(alive) <= 0:
+        if tl.load(active) <= 0:
             return
     q = tl.load(query + head[:, None] * query_head + node[:, None] * query_row + dim[None, :], is_row[:, None], 0.0)
 
@@ -181,12 +181,12 @@ def _absorb(scores, v, scale, best, total, output):
 
 @triton.jit
 def _merge(
-    partial, partial_lse, output, lse, alive, heads, queries,
+    partial, partial_lse, output, lse, active, heads, queries,
     GATED: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """One softmax out of the splits' for one query of one head."""
     if GATED:  # noqa: SIM102 (a constant: the load is not compiled without it)
-        if tl.load(alive) <= 0:
+        if tl.load(active) <= 0:
             return
     row, rows = tl.program_id(0), heads * queries
     split, dim = tl.arange(0, PADDED), tl.arange(0, DIM)

@@ -6,10 +6,11 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from specextend.data import builtin_text, cut_to_fit, read_text
+from specextend.data.builtin import builtin_text
+from specextend.data.encoded import ANSWER_MARKER, EncodedPrompt
+from specextend.data.prompts import cut_to_fit, read_text
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, InputError
-from specextend.prompts import ANSWER_MARKER, EncodedPrompt
 
 SUFFIXES = (".txt", ".md", ".pdf")
 MAX_BYTES = 20 * 2**20

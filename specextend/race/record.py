@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specextend.bench import first_difference
 from specextend.config import SamplingConfig, SpecExtendConfig
+from specextend.data.encoded import EncodedPrompt
+from specextend.decoding.output import Generation, Output, Round
+from specextend.decoding.text import TextStream
+from specextend.drafting.retrieval import Retriever, num_chunks
 from specextend.engine import GREEDY, SpecExtend
 from specextend.errors import ModelError
-from specextend.generate import Generation, Output, Round
-from specextend.prompts import EncodedPrompt
-from specextend.retrieval import Retriever, num_chunks
-from specextend.text import TextStream
+from specextend.evaluation.records import first_difference
 
 WARM_UP_PROMPT, WARM_UP_TOKENS = 256, 12
 PROMPT_END = 24  # tokens of the prompt that are kept to be shown

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import uvicorn
 
-from specextend import cli
+from specextend.cli import flags
+from specextend.cli.commands import load_pair
 from specextend.engine import SpecExtend
-from specextend.entry import load_pair
 from specextend.errors import ConfigError
 from specextend.serve.app import create_app
 from specextend.serve.settings import Settings, check_host, read_key
@@ -37,7 +37,7 @@ def main() -> None:
     listener = _listen(args.host, args.port)
     args.use_specextend = args.use_specextend or "method" not in args
     models = load_pair(args)
-    app = create_app(SpecExtend(models, cli.config_from(args, models), eager=args.eager), settings)
+    app = create_app(SpecExtend(models, flags.config_from(args, models), eager=args.eager), settings)
     host, port = listener.getsockname()[:2]
     print(f"{settings.model_id} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     config = uvicorn.Config(app, timeout_graceful_shutdown=5, log_level="warning", server_header=False)
@@ -72,9 +72,9 @@ class Server(uvicorn.Server):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = cli.parser(__doc__)
-    cli.add_model_flags(parser)
-    cli.add_method_flags(parser)
+    parser = flags.parser(__doc__)
+    flags.add_model_flags(parser)
+    flags.add_method_flags(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="other addresses than this machine's own need a key")
     server.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
@@ -111,4 +111,4 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    flags.run(main)

@@ -14,12 +14,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from specextend.data import encode_prompt
+from specextend.data.templates import encode_prompt
+from specextend.decoding.output import Generation
 from specextend.engine import SpecExtend
-from specextend.generate import Generation
 from specextend.serve import errors
+from specextend.serve.auth import AuthMiddleware
 from specextend.serve.errors import ApiError
-from specextend.serve.guard import Guard
 from specextend.serve.schema import ChatRequest, CompletionRequest
 from specextend.serve.settings import Settings
 from specextend.serve.shapes import ChatShape, CompletionShape, Shape
@@ -39,11 +39,11 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
     app = FastAPI(title="SpecExtend", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker = worker
     app.add_middleware(
-        Guard, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes,
+        AuthMiddleware, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes,
         count=lambda status: worker.metrics.requests.labels(str(status)).inc(),
     )  # fmt: skip
     errors.register(app)
-    desk = Desk(engine, settings, worker)
+    desk = RequestHandler(engine, settings, worker)
     model = {"id": settings.model_id, "object": "model", "created": int(time.time()), "owned_by": "specextend"}
 
     @app.post("/v1/completions")
@@ -77,7 +77,7 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
     return app
 
 
-class Desk:
+class RequestHandler:
     """Takes requests in and gives answers out."""
 
     def __init__(self, engine: SpecExtend, settings: Settings, worker: Worker):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from specextend.generate import Generation
+from specextend.decoding.output import Generation
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SPEEDS = (1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)

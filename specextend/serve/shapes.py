@@ -7,7 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from specextend.generate import Generation
+from specextend.decoding.output import Generation
 from specextend.serve.worker import Job
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}

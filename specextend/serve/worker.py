@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from specextend.config import SamplingConfig
+from specextend.decoding.output import Generation, Output, Round
+from specextend.decoding.text import TextStream
 from specextend.engine import SpecExtend
-from specextend.generate import Generation, Output, Round
 from specextend.serve.errors import ApiError
 from specextend.serve.metrics import CLIENT_GONE, Metrics
-from specextend.text import TextStream
 
 
 class Cancelled(Exception):

@@ -1,0 +1,345 @@
+"""Building `data/<name>/<name>_<length>.jsonl` ("Experiments": inputs of 512 to 16K tokens, summarization prompts).
+
+Documents come from the Hugging Face hub, from a folder of text files, or from Python's language reference. Each prompt
+is a document at least as long as asked for, cut so that the whole prompt, templates included, fills the length by the
+target's tokenizer. All files of a set are collected first and then renamed into place: there is never half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from specextend.data.builtin import builtin_topics, join_topics
+from specextend.data.prompts import SUMMARY_TEMPLATE, TEXT_SUFFIXES, length_label, parse_length, read_text, strip_text
+from specextend.data.templates import encode_prompt
+from specextend.errors import InputError, ModelError
+
+DEFAULT_LENGTHS = ("512", "1K", "2K", "4K", "8K", "16K")
+DEFAULT_SAMPLES = 20
+BUILTIN = "builtin"
+AIME = "aime24"
+_PROBE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where a data set lies on the hub: id, field with the text, splits in reading order, `load_dataset` options."""
+
+    path: str
+    text_field: str
+    splits: tuple[str, ...] = ("test",)
+    options: dict = field(default_factory=dict)
+
+
+def _parquet_copy(path: str, config: str, text_field: str) -> HubSource:
+    """The hub's own Parquet copy of a set whose main branch is a loading script, which `datasets` 4+ refuses."""
+    options = {"revision": "refs/convert/parquet", "data_files": {"test": f"{config}/test/*.parquet"}}
+    return HubSource(path, text_field, options=options)
+
+
+# Tried in order; the first one that opens is used.
+HUB_SOURCES: dict[str, tuple[HubSource, ...]] = {
+    "govreport": (
+        HubSource("ccdv/govreport-summarization", "report"),
+        _parquet_copy("ccdv/govreport-summarization", "document", "report"),
+        _parquet_copy("launch/gov_report", "plain_text", "document"),
+    ),
+    "pg19": (
+        HubSource("emozilla/pg19-test", "text"),
+        HubSource("emozilla/pg19", "text"),
+        _parquet_copy("deepmind/pg19", "default", "text"),
+    ),
+    "booksum": (HubSource("kmfoda/booksum", "chapter", splits=("test", "train")),),
+    AIME: (HubSource("HuggingFaceH4/aime_2024", "problem", splits=("train",)),),
+}
+KNOWN_SETS = (*HUB_SOURCES, BUILTIN)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to make prompts of; `source` says where it is from ("kmfoda/booksum:12", a file's name)."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts documents into prompts of a given length by one model's tokenizer and conversation template."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+
+    def records(self, document: Document, lengths: Iterable[int]) -> dict[int, dict]:
+        """One record for each of `lengths` (tokens) that the document is long enough for."""
+        encoding = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end for _, end in encoding["offset_mapping"]]  # [N] characters up to and including each token
+        cut = {length: self._cut(document.text, ends, length) for length in lengths if length <= len(ends)}
+        return {
+            length: {"text": text, "original_length": len(ends), "trunc_length": tokens, "source": document.source}
+            for length, (text, tokens) in cut.items()
+        }
+
+    def _cut(self, text: str, ends: list[int], length: int) -> tuple[str, int]:
+        """The summarization prompt of at most `length` tokens, and how many it has."""
+        keep = length
+        while keep > 0:
+            prompt = SUMMARY_TEMPLATE.format(text=text[: ends[keep - 1]])
+            tokens = len(encode_prompt(prompt, self.template, self.tokenizer))
+            if tokens <= length:
+                return prompt, tokens
+            keep -= tokens - length  # the first round learns what the templates take, later ones settle merges
+        raise InputError(f"a length of {length} tokens is filled by the prompt's template alone; use longer --lengths")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to build for each set.
+
+    Args:
+        root: folder that receives one folder per set.
+        model_name: whose tokenizer and conversation template count the tokens.
+        lengths: prompt lengths in tokens.
+        samples: prompts per length.
+        force: build again what is there already.
+    """
+
+    root: Path = Path("data")
+    model_name: str = "bundled"
+    lengths: tuple[int, ...] = tuple(parse_length(label) for label in DEFAULT_LENGTHS)
+    samples: int = DEFAULT_SAMPLES
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"--samples is {self.samples}; ask for at least 1 prompt per length")
+        if not self.lengths:
+            raise InputError(f"--lengths is empty; the default is {' '.join(DEFAULT_LENGTHS)}")
+
+
+def ensure_data(data_dir: Path, model_name: str = "bundled", **settings) -> Path:
+    """`data_dir`, built first if it is a known one (data/govreport, pg19, booksum, aime24, builtin) without prompts.
+
+    Args:
+        settings: further fields of `PrepareConfig`, except `root`.
+    """
+    data_dir = Path(data_dir)
+    if data_dir.name in KNOWN_SETS and not any(data_dir.glob("*.jsonl")):
+        say(f"{data_dir} is not there yet; building it")
+        prepare_known(data_dir.name, PrepareConfig(data_dir.parent, model_name, **settings))
+    return data_dir
+
+
+def prepare_known(name: str, config: PrepareConfig) -> None:
+    """Build one of `KNOWN_SETS` under `config.root`."""
+    if name not in KNOWN_SETS:
+        raise InputError(f"unknown data set {name!r}; known are {', '.join(KNOWN_SETS)}, or use --from_dir FOLDER")
+    if name == AIME:
+        prepare_problems(config)
+    elif name == BUILTIN:
+        prepare_documents(name, builtin_documents(), config)
+    else:
+        prepare_documents(name, hub_documents(name), config)
+
+
+def prepare_folder(folder: Path, name: str | None, config: PrepareConfig) -> None:
+    """Build a set from a folder of text files, called like the folder unless `name` says otherwise."""
+    folder = Path(folder)
+    prepare_documents(name or folder.resolve().name, folder_documents(folder), config)
+
+
+def prepare_documents(name: str, documents: Iterator[Document], config: PrepareConfig) -> None:
+    """Write one file per length, prompts taken from the documents in their order; existing files stay."""
+    missing = [length for length in sorted(set(config.lengths)) if _is_due(_file_of(name, config.root, length), config)]
+    if not missing:
+        return
+    collected = collect(name, documents, load_cutter(config.model_name), missing, config.samples)
+    for length, records in collected.items():
+        if len(records) < config.samples:
+            say(f"{name}: {len(records)} of {config.samples} prompts of {length_label(length)}: no more such texts")
+        if records:
+            write_records(_file_of(name, config.root, length), records)
+
+
+def prepare_problems(config: PrepareConfig) -> None:
+    """Write the 30 problems of AIME 2024 as they are, without lengths and templates."""
+    path = config.root / AIME / f"{AIME}.jsonl"
+    if _is_due(path, config):
+        write_records(path, [{key: row[key] for key in ("id", "problem", "answer")} for _, row, _ in hub_rows(AIME)])
+
+
+def collect(
+    name: str, documents: Iterator[Document], cutter: Cutter, lengths: Sequence[int], samples: int
+) -> dict[int, list[dict]]:
+    """Up to `samples` records per length, no text twice; reads no more documents than that takes."""
+    collected: dict[int, list[dict]] = {length: [] for length in lengths}
+    seen: set[str] = set()
+    longest = 0
+    # delayed: a source that cannot be opened should leave its error alone on the screen, without an empty bar
+    with tqdm(total=len(lengths) * samples, desc=name, unit=" prompts", delay=0.1) as progress:
+        for document in documents:
+            if document.text in seen or not document.text:
+                continue
+            seen.add(document.text)
+            open_lengths = [length for length in lengths if len(collected[length]) < samples]
+            for length, record in cutter.records(document, open_lengths).items():
+                collected[length].append(record)
+                longest = max(longest, record["original_length"])
+                progress.update()
+            progress.set_postfix(texts=len(seen))
+            if all(len(records) == samples for records in collected.values()):
+                break
+    if not longest:
+        raise InputError(
+            f"{name}: none of {len(seen)} texts has {length_label(min(lengths))} tokens; "
+            "give longer texts or shorter --lengths"
+        )
+    return collected
+
+
+def builtin_documents() -> Iterator[Document]:
+    """The whole language reference once per topic, turned so as to begin there; neighbours in order start far apart."""
+    topics = builtin_topics()
+    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
+    stride = next(n for n in range(round(0.618 * len(topics)), len(topics) + 2) if math.gcd(n, len(topics)) == 1)
+    for step in range(len(topics)):
+        start = step * stride % len(topics)
+        yield Document(join_topics(topics[start:] + topics[:start]), f"{version} pydoc_data.topics:{topics[start][0]}")
+
+
+def folder_documents(folder: Path) -> Iterator[Document]:
+    """The text files below a folder, by name."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; --from_dir takes a folder of {', '.join(TEXT_SUFFIXES)} files")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
+    if not texts:
+        raise InputError(f"{folder} holds no text file; --from_dir reads {', '.join(TEXT_SUFFIXES)} in UTF-8")
+    if len(texts) < len(files):
+        say(f"{folder}: reading {len(texts)} text files, leaving out {len(files) - len(texts)} other files")
+    return (Document(strip_text(read_text(path)), path.relative_to(folder).as_posix()) for path in texts)
+
+
+def hub_documents(name: str) -> Iterator[Document]:
+    """The texts of a set on the hub, in the hub's order."""
+    for source, row, where in hub_rows(name):
+        yield Document(strip_text(row[source.text_field] or ""), where)
+
+
+def hub_rows(name: str) -> Iterator[tuple[HubSource, dict, str]]:
+    """Stream the rows of the first source of `name` that opens: its source, the row, "id/split:number"."""
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    refusals = []
+    try:
+        probe_hub()
+        say(f"{name}: reading from the Hugging Face hub")
+        for source in HUB_SOURCES[name]:
+            try:
+                rows = _open_rows(source)
+            except (ConnectionError, httpx.TransportError):
+                raise
+            except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # moved, gated, other fields, ...
+                refusals.append(f"{source.path}: {_first_line(error)}")
+                continue
+            yield from ((source, row, where) for row, where in rows)
+            return
+    except (OSError, httpx.HTTPError, DatasetsError) as error:
+        raise _unavailable(name, _first_line(error)) from error
+    raise _unavailable(name, "; ".join(refusals))
+
+
+def probe_hub() -> None:
+    """Raise at once where the hub cannot be reached; `datasets` itself would retry for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
+
+
+def _open_rows(source: HubSource) -> Iterator[tuple[dict, str]]:
+    """The source's rows, the first one already fetched and seen to have its text field."""
+    import datasets
+
+    def rows() -> Iterator[tuple[dict, str]]:
+        for split in source.splits:
+            stream = datasets.load_dataset(source.path, split=split, streaming=True, **source.options)
+            yield from ((row, f"{source.path}/{split}:{number}") for number, row in enumerate(stream))
+
+    stream = rows()
+    first = next(stream, None)
+    if first is None or source.text_field not in first[0]:
+        raise ValueError(f"no field {source.text_field!r}" if first else "no rows")
+    return chain([first], stream)
+
+
+def _unavailable(name: str, reason: str) -> InputError:
+    return InputError(
+        f"{name} cannot be fetched from the Hugging Face hub ({reason}); either build it from your own texts: "
+        f"`python scripts/prepare_data.py --from_dir FOLDER --name {name}`, or use Python's language reference: "
+        f"`python scripts/prepare_data.py --builtin` and then --data_dir data/{BUILTIN}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def load_cutter(model_name: str) -> Cutter:
+    """The tokenizer and conversation template of a model, without its weights."""
+    from specextend.models.loading import load_tokenizer
+    from specextend.models.presets import find_preset
+
+    tokenizer = load_tokenizer(model_name)
+    if not tokenizer.is_fast:
+        raise ModelError(f"{model_name} has no fast tokenizer, which cutting texts needs; use another --model_name")
+    own_template = "chat" if tokenizer.chat_template else None
+    return Cutter(tokenizer, find_preset(model_name).template or own_template)
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    """Write JSON Lines so that `path` holds all of them or, after any failure, what it held before."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
+            try:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)  # temporary files are private, data files are not
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder with --root") from error
+    say(f"wrote {path}")
+
+
+def say(message: str) -> None:
+    """One line on stderr that does not tear a progress bar."""
+    tqdm.write(message, file=sys.stderr)
+
+
+def _file_of(name: str, root: Path, length: int) -> Path:
+    if name != Path(name).name or name in ("", ".."):
+        raise InputError(f"{name!r} cannot name a folder of prompts; choose a plain name with --name")
+    return root / name / f"{name}_{length_label(length)}.jsonl"
+
+
+def _is_due(path: Path, config: PrepareConfig) -> bool:
+    if path.exists() and not config.force:
+        say(f"keeping {path} (--force builds it again)")
+        return False
+    return True

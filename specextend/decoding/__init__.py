@@ -1,0 +1,1 @@
+"""The decode loop, its two backends, and what it produces."""

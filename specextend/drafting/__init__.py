@@ -1,0 +1,1 @@
+"""Who proposes tokens, and from which part of the context."""

@@ -1,0 +1,132 @@
+"""Draft models behind one set of verbs, and what those with a cache of their own share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from specextend.config import SpecExtendConfig, prefill_block
+from specextend.drafting.expansion import Level
+from specextend.modeling.attention import Attend, attention, band_attention, has_flash_kernel
+from specextend.modeling.cache import DraftCache
+from specextend.modeling.features import FeatureTap
+from specextend.modeling.rope import Rope
+from specextend.trees.acceptance import Accepted
+from specextend.trees.tree import DraftTree
+
+if TYPE_CHECKING:
+    from specextend.drafting.fused import FusedDraft
+    from specextend.kernels.tree import TreeBuffers
+    from specextend.modeling.fused_target import Workspaces
+
+
+class Drafter(Protocol):
+    """What the decode loop asks of a draft.
+
+    Attributes:
+        tap: what it reads of the target's hidden states, None for drafters that read none.
+    """
+
+    tap: FeatureTap | None
+
+    @property
+    def context(self) -> int:
+        """Tokens in the draft's cache, those out of its working cache included."""
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+        """Forget the last prompt, read `prompt` [N]; `first` [] is the target's token after it, the first root."""
+
+    def propose(self) -> DraftTree:
+        """A tree below the newest token."""
+
+    def commit(self, accepted: Accepted) -> None:
+        """Take notice of what the target accepted."""
+
+    def refresh(self, positions: Tensor) -> None:
+        """Make the tokens at `positions` [m] the working cache."""
+
+
+class TreeDrafter:
+    """What drafters with a cache of their own share: who attends to what, in the prompt and in the tree.
+
+    Args:
+        shape: config of the draft's layers, for the shape of the cache.
+        rotary: the draft's own rotary embedding; the draft itself runs un-rotated, see `DraftCache`.
+        config: its switches are resolved here.
+    """
+
+    tap: FeatureTap | None = None
+
+    def __init__(
+        self, shape: PreTrainedConfig, rotary: nn.Module, dtype: torch.dtype, device: torch.device,
+        config: SpecExtendConfig,
+    ):  # fmt: skip
+        rope = Rope(rotary, dtype, device)
+        self.cache = DraftCache(shape, rope, dtype, device, working_capacity=_working_capacity(config))
+        self._tree = config.tree
+        self._prefill_attention = attention(hybrid=config.flash_prefill)
+        self._tree_attention = attention(hybrid=config.hybrid_tree_attention)
+        self._window = (config.draft_window or None) if config.flash_prefill else None
+        self._prefill_block = prefill_block(config, device)
+        if self._window and not has_flash_kernel(device, dtype):
+            self._prefill_block = self._window  # the window is a mask then, which grows with the block
+
+    @property
+    def context(self) -> int:
+        return self.cache.context
+
+    @property
+    def candidates(self) -> int:
+        """How many tokens it chooses among."""
+        raise NotImplementedError
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether its rounds can be captured, see `fused`; needs Triton."""
+        raise NotImplementedError
+
+    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
+        """This drafter for captured rounds, over the caches that `prefill` fills."""
+        raise NotImplementedError
+
+    def refresh(self, positions: Tensor) -> None:
+        self.cache.refresh(positions)
+
+    def _reset(self, prompt_tokens: int, extra_slots: int) -> None:
+        self.cache.reset(prompt_tokens + extra_slots, self._tree.nodes * self._tree.max_depth)
+
+    def _attend_level(self, level: Level) -> Attend:
+        """The nodes of `level`, each behind the committed tokens and its own ancestors."""
+
+        def attend(layer, query, key, value, scaling):
+            position = self.cache.working.length - 1 + level.depth  # the root is committed
+            offset = level.visible.shape[1] - level.visible.shape[0]
+            query, key = self.cache.rope.rotate_pair(query, key, position, same=True)
+            keys, values = self.cache.working.write(layer, key, value, self.cache.working.length + offset)
+            return self._tree_attention(query, keys, values, scaling, level.visible.shape[1], level.visible)[0]
+
+        return attend
+
+    def _attend_newest(self, layer, query, key, value, scaling):
+        """The newest tokens, causal, behind the working cache."""
+        query, keys, values = self.cache.append(layer, query, key, value)
+        return self._tree_attention(query, keys, values, scaling, query.shape[2], None)[0]
+
+    def _attend_prompt(self, layer, query, key, value, scaling):
+        """A block of the prompt, before there is a working cache."""
+        query, keys, values = self.cache.append_prompt(layer, query, key, value, self._window)
+        if self._window:
+            return band_attention(query, keys, values, scaling, self._window)[0]
+        return self._prefill_attention(query, keys, values, scaling, query.shape[2], None)[0]
+
+
+def _working_capacity(config: SpecExtendConfig) -> int | None:
+    """Tokens the working cache must hold: what is retrieved and what comes until the next refresh."""
+    if config.draft_cache == "full":
+        return None
+    retrieval = config.retrieval
+    # between two refreshes it grows by at most a full path and a bonus token per round
+    return retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)

@@ -1,0 +1,141 @@
+"""Self-speculation: the target drafts for itself over a part of its own KV cache (TriForce, MagicDec).
+
+What the part is, retrieved chunks or sink and window, is the retriever's choice, as for any draft; here it is one row
+of attention for all layers, where TriForce chooses per layer and head. The target's keys are rotated already, so a
+gathered token keeps its position in the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specextend.config import SpecExtendConfig
+from specextend.drafting.drafter import TreeDrafter
+from specextend.drafting.retrieval import StreamingWindow
+from specextend.errors import ConfigError
+from specextend.modeling.attention import attention
+from specextend.modeling.cache import KVCache
+from specextend.modeling.features import FeatureTap
+from specextend.modeling.target import Target
+from specextend.trees.acceptance import Accepted, accept
+from specextend.trees.tree import DraftTree
+
+
+class SparseTarget(Target):
+    """The target over chosen entries of its own cache, and over all that came after the choice.
+
+    Args:
+        full: the target's whole cache, which verification fills.
+    """
+
+    def __init__(self, model: PreTrainedModel, full: KVCache, config: SpecExtendConfig):
+        hybrid = attention(hybrid=config.hybrid_tree_attention)
+        super().__init__(model, KVCache(model.config, model.dtype, model.device), hybrid, hybrid, None)
+        self.full = full
+        retrieval, tree = config.retrieval, config.tree
+        # what is chosen, a full chain and a bonus token per round until the next choice, and drafts on the way
+        rounds = retrieval.every_n_steps + 3
+        self._capacity = retrieval.top_k * retrieval.chunk_size + rounds * (tree.max_depth + 1) + tree.nodes
+        self._left_out = 0
+
+    @property
+    def position(self) -> int:
+        return self.cache.length + self._left_out
+
+    def begin(self, extra_slots: int = 0) -> None:
+        """Forget the last prompt; `choose` comes before anything is drafted."""
+        self.cache.reset(self._capacity + extra_slots)
+
+    def choose(self, positions: Tensor) -> None:
+        """Attend to the tokens at `positions` [m] of the context, and to those that follow."""
+        self.cache.fill(*self.full.gather(positions))
+        self._left_out = self.full.length - self.cache.length
+
+    def follow(self, tokens: int) -> None:
+        """Take over the `tokens` newest entries of the whole cache, after dropping drafts of one's own."""
+        self.cache.length = self.full.length - tokens - self._left_out
+        self.cache.extend(*self.full.gather(slice(self.full.length - tokens, self.full.length)))
+
+
+class SelfDrafter:
+    """The target over a part of its cache, greedy, as a draft of chains.
+
+    Args:
+        length: draft tokens per chain.
+    """
+
+    tap: FeatureTap | None = None
+
+    def __init__(self, sparse: SparseTarget, length: int):
+        self._sparse, self._length = sparse, length
+        self._root = torch.empty(0, dtype=torch.long)
+
+    @property
+    def context(self) -> int:
+        return self._sparse.full.length
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+        self._sparse.begin()
+        self._root = first.reshape(1)
+
+    def propose(self) -> DraftTree:
+        tokens = [self._root]
+        for _ in range(self._length):
+            logits = self._sparse.verify(DraftTree.root(tokens[-1]))
+            self._sparse.cache.length += 1
+            tokens.append(logits.argmax(-1))
+        return DraftTree.chain(torch.cat(tokens))
+
+    def commit(self, accepted: Accepted) -> None:
+        self._sparse.follow(len(accepted.path))
+        self._root = accepted.bonus.reshape(1)
+
+    def refresh(self, positions: Tensor) -> None:
+        self._sparse.choose(positions)
+
+
+class HierarchicalDrafter(SelfDrafter):
+    """A small draft over sink and window proposes for the sparse target, whose text is the chain (TriForce).
+
+    Args:
+        small: made for `config_of_small`.
+    """
+
+    def __init__(self, small: TreeDrafter, sparse: SparseTarget, config: SpecExtendConfig):
+        if small.tap is not None:
+            raise ConfigError("an EAGLE head needs the whole target's hidden states; triforce drafts with a small LM")
+        super().__init__(sparse, config.tree.max_depth)
+        self._small, self._window = small, StreamingWindow.of_size(config.retrieval)
+
+    @staticmethod
+    def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
+        return replace(config, draft="model", draft_cache="streaming")
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+        super().prefill(prompt, first, extra_slots)
+        self._small.prefill(prompt, first, extra_slots)
+
+    def propose(self) -> DraftTree:
+        tokens = self._root
+        tree = self._small.propose()
+        with self._small.cache.provisional():
+            while True:
+                accepted = accept(tree, self._sparse.verify(tree).argmax(-1))
+                self._sparse.commit(accepted.path)
+                tokens = torch.cat((tokens, accepted.tokens, accepted.bonus.reshape(1)))
+                if len(tokens) > self._length:
+                    return DraftTree.chain(tokens[: self._length + 1])
+                self._small.commit(accepted)
+                tree = self._small.propose()
+
+    def commit(self, accepted: Accepted) -> None:
+        super().commit(accepted)
+        self._small.commit(accepted)
+
+    def refresh(self, positions: Tensor) -> None:
+        super().refresh(positions)
+        self._small.refresh(self._window.select(self._sparse.attention_row, self._small.context))

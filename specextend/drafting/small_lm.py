@@ -1,0 +1,101 @@
+"""A small language model as the draft, over its own cache (the classic drafter)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specextend.config import SpecExtendConfig
+from specextend.drafting.expansion import Level, grow
+from specextend.modeling.attention import Attend
+from specextend.modeling.rope import make_exact
+from specextend.trees.acceptance import Accepted
+from specextend.trees.tree import DraftTree
+
+if TYPE_CHECKING:
+    from specextend.drafting.fused import FusedDraft
+    from specextend.kernels.tree import TreeBuffers
+    from specextend.modeling.fused_target import Workspaces
+from specextend.drafting.drafter import TreeDrafter
+
+
+class ClassicDrafter(TreeDrafter):
+    """A small causal LM with the target's vocabulary.
+
+    Args:
+        vocab_size: the target's; ids beyond it are never proposed.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: SpecExtendConfig, vocab_size: int):
+        make_exact(model)
+        super().__init__(model.config, model.get_decoder().rotary_emb, model.dtype, model.device, config)
+        self.model, self.vocab_size = model, vocab_size
+        self._pending = torch.empty(0, dtype=torch.long)
+
+    @property
+    def candidates(self) -> int:
+        return self.vocab_size
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+        self._reset(len(prompt), extra_slots)
+        for block in prompt.split(self._prefill_block or len(prompt)):
+            self._run(block, self._attend_prompt)
+            self.cache.commit_prompt(len(block))
+        self._pending = first.reshape(1)
+
+    @property
+    def can_capture(self) -> bool:
+        from specextend.modeling.llama_blocks import is_supported
+
+        return is_supported(self.model)
+
+    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
+        from specextend.drafting.fused import FusedClassicDraft
+
+        return FusedClassicDraft(self, tree, workspaces)
+
+    def propose(self) -> DraftTree:
+        root, hidden = self._pending[-1], self._read(self._pending)[-1:]
+        self._pending = self._pending[:0]
+        return grow(root, self._logprobs(hidden), self._expand, self._tree)
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities [T, V] after each of the context's next `tokens` [T], which it commits."""
+        return self._logprobs(self._read(tokens))
+
+    def commit(self, accepted: Accepted) -> None:
+        self._pending = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
+
+    def _expand(self, level: Level) -> Tensor:
+        """Log-probabilities [n, V] after the nodes of `level`."""
+        return self._logprobs(self._run(level.tokens, self._attend_level(level)))
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Final hidden states [T, H] of the context's next tokens."""
+        hidden = self._run(tokens, self._attend_newest)
+        self.cache.commit(len(tokens))
+        return hidden
+
+    def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
+        return run_unrotated(self.model, tokens, attend)
+
+    def _logprobs(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].float().log_softmax(-1)
+
+
+def run_unrotated(model: PreTrainedModel, tokens: Tensor, attend: Attend) -> Tensor:
+    """Final hidden states [T, H] of a causal LM whose queries and keys reach `attend` un-rotated.
+
+    Runs the decoder's parts one after the other: a draft pass is so short that the model's own preparations (masks,
+    rotary tables, arguments) would be a fifth of it.
+    """
+    decoder = model.get_decoder()
+    hidden = decoder.embed_tokens(tokens[None])
+    dim = decoder.layers[0].self_attn.head_dim
+    no_rotation = (hidden.new_ones(1, 1, dim), hidden.new_zeros(1, 1, dim))
+    for layer in decoder.layers:
+        hidden = layer(hidden, position_embeddings=no_rotation, attend=attend)
+    return decoder.norm(hidden)[0]

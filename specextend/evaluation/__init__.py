@@ -1,0 +1,1 @@
+"""Measure methods on data sets: plan, workers, journal, figures per length."""

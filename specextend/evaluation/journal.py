@@ -1,0 +1,103 @@
+"""Records on disk: a resumable JSON Lines journal, and JSON files written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from specextend.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    pass
+from specextend.evaluation.records import SampleRecord
+
+T = TypeVar("T")
+# may change between the sessions that fill one journal; threads stand in every record
+NOT_COMPARED = ("environment.commit", "environment.date", "environment.threads")
+
+
+class Journal:
+    """Records on disk, append-only: what was appended survives a kill, and the next process goes on from there.
+
+    Args:
+        path: the JSON Lines file; opened if it is there, begun with `manifest` if not.
+        manifest: `{"setting": ..., "environment": ...}`. An existing journal must have been begun with the same one,
+            commit and date aside; ConfigError otherwise.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.records: list[SampleRecord] = []
+        lines = _complete_lines(path)
+        if len(lines) > 1:
+            self.manifest = _parse(path, 1, lines[0], dict)
+            _require_same(path, self.manifest, manifest)
+            self.records = [
+                _parse(path, number, line, SampleRecord.from_json) for number, line in enumerate(lines[1:], start=2)
+            ]
+
+    def find(self, key: tuple[str, int, int]) -> SampleRecord | None:
+        """The record of (bucket, sample, run), if it was measured already."""
+        return next((record for record in self.records if record.key == key), None)
+
+    def append(self, record: SampleRecord) -> None:
+        """Write a record through to the disk; the first one brings the manifest with it."""
+        assert self.find(record.key) is None, f"{record.key} is in {self.path} already"
+        entries = [record.to_json()] if self.records else [self.manifest, record.to_json()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a" if self.records else "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    """Lines of a journal, after cutting off a last one that a killed process left unfinished."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.startswith(b'{"setting":'):
+        raise InputError(f"{path} does not begin with a manifest; choose another --output_file or remove that file")
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        os.truncate(path, complete)
+    return content[:complete].splitlines()
+
+
+def _parse(path: Path, number: int, line: bytes, read: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        return read(json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}:{number} is damaged ({error}); pass --fresh to start over") from error
+
+
+def _require_same(path: Path, measured: dict[str, Any], wanted: dict[str, Any]) -> None:
+    # Through JSON, so that tuples and lists, and keys of either kind, compare equal.
+    old, new = (dict(_flatten(json.loads(json.dumps(manifest)))) for manifest in (measured, wanted))
+    compared = [name for name in {**old, **new} if not name.startswith(NOT_COMPARED)]
+    different = [name for name in compared if old.get(name) != new.get(name)]
+    if different:
+        shown = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in different)
+        raise ConfigError(
+            f"{path} holds records of another setting: {shown}. Pass --fresh to start over or another --output_file"
+        )
+
+
+def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of nested dicts with dotted names: `setting.config.tree.nodes`."""
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from _flatten(inner, f"{name}.{key}" if name else key)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the whole file or nothing: a reader, or a kill, never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Doors in other libraries: transformers' `generate`."""

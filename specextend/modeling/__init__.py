@@ -1,0 +1,1 @@
+"""Forward passes over our own caches: attention, rotary positions, target, Llama blocks."""

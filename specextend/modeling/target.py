@@ -1,0 +1,134 @@
+"""The target model: prefill, tree verification, commit, and the attention row that retrieval asks for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specextend.modeling.attention import Attention, attention_row
+from specextend.modeling.cache import KVCache
+from specextend.modeling.features import FeatureTap
+from specextend.modeling.rope import DynamicRope
+from specextend.trees.tree import DraftTree
+
+
+class Target:
+    """An unmodified Hugging Face causal LM over our static cache.
+
+    Args:
+        cache: of the model's shape; its contents belong to one prompt.
+        prefill_attention, tree_attention: how a prefill block and a draft tree attend.
+        prefill_block: tokens per prefill block; None runs the whole prompt at once.
+        tap: collects the hidden states a draft reads, if it reads any.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: KVCache,
+        prefill_attention: Attention,
+        tree_attention: Attention,
+        prefill_block: int | None,
+        tap: FeatureTap | None = None,
+    ):
+        self.model = model
+        self.cache = cache
+        self._prefill_attention = prefill_attention
+        self._tree_attention = tree_attention
+        self._prefill_block = prefill_block
+        self._tap = tap
+        self._last_layer: LastLayer | None = None
+        self._newest = 0
+
+    @property
+    def position(self) -> int:
+        """Position of the next token, the root of the next tree."""
+        return self.cache.length
+
+    def prefill(self, prompt: Tensor, extra_slots: int) -> Tensor:
+        """Forget the last prompt, read `prompt` [N], allocate `extra_slots` more; last logits [1, V]."""
+        self.cache.reset(len(prompt) + extra_slots)
+        if self._tap:
+            self._tap.clear()
+        rotary = self.model.get_decoder().rotary_emb
+        if isinstance(rotary, DynamicRope):
+            rotary.prompt_length = len(prompt)
+        for block in prompt.split(self._prefill_block or len(prompt)):
+            logits = self._read(block)
+            self.cache.length += len(block)
+        self._newest = 0
+        return logits
+
+    def _read(self, block: Tensor) -> Tensor:
+        """Logits [1, V] after the last of the prompt's next tokens `block` [T]."""
+        positions = torch.arange(self.cache.length, self.cache.length + len(block), device=block.device)
+        return self._run(block, positions, _CachedAttend(self.cache, self._prefill_attention, None, 1))
+
+    def verify(self, tree: DraftTree) -> Tensor:
+        """Logits [T, V] after every node of `tree`; the nodes stay scratch until `commit`."""
+        attend = _CachedAttend(self.cache, self._tree_attention, tree.ancestors, len(tree))
+        return self._run(tree.tokens, self.position + tree.depth, attend)
+
+    def commit(self, path: Tensor) -> None:
+        """Keep the nodes `path` [A] of the tree just verified."""
+        self.cache.commit(path)
+        self._newest = int(path[-1])
+
+    def attention_row(self) -> Tensor:
+        """Last-layer attention [N] of the newest committed token over the committed context, head mean, float32."""
+        query, lse, scaling = self.last_queries()
+        keys = self.cache.keys(self.model.config.num_hidden_layers - 1)[0]
+        return attention_row(query[0, :, self._newest], lse[0, :, self._newest], keys, scaling)
+
+    def last_queries(self) -> LastLayer:
+        """The last layer of what ran last."""
+        return self._last_layer
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: _CachedAttend) -> Tensor:
+        with self._tap or nullcontext():
+            logits = self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=attend.keep,
+                attend=attend,
+            ).logits[0]
+        self._last_layer = attend.last_layer
+        return logits
+
+
+class LastLayer(NamedTuple):
+    """What a run keeps of its last layer: queries [1, H, T, D], their log-sum-exp [1, H, T], factor on the scores."""
+
+    query: Tensor
+    lse: Tensor
+    scaling: float
+
+    @classmethod
+    def newest(cls, query: Tensor, lse: Tensor, scaling: float, keep: int) -> LastLayer:
+        """Of the newest `keep` tokens; the clones let go of a whole prefill block's queries."""
+        return cls(query[:, :, -keep:].clone(), lse[:, :, -keep:].clone(), scaling)
+
+
+class _CachedAttend:
+    """Writes a layer's keys and values behind the committed ones and attends to both.
+
+    After the run `last_layer` is what it keeps of the last `keep` tokens.
+
+    Args:
+        mask: [T, T] who sees whom among the new tokens; None is causal.
+    """
+
+    def __init__(self, cache: KVCache, attention: Attention, mask: Tensor | None, keep: int):
+        self.keep = keep
+        self._cache, self._attention, self._mask = cache, attention, mask
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self._cache.write(layer, key, value, self._cache.length)
+        output, lse = self._attention(query, keys, values, scaling, query.shape[2], self._mask)
+        self.last_layer = LastLayer.newest(query, lse, scaling, self.keep)  # overwritten layer by layer
+        return output

@@ -1,0 +1,1 @@
+"""Find, check, load and shard models; the bundled pair."""

@@ -1,0 +1,74 @@
+"""Models by name: the paper's pairs and the bundled pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specextend.config import RetrievalConfig, TreeConfig
+from specextend.errors import ModelError
+from specextend.models.checkpoints import (
+    HUB_ID,
+)
+
+if TYPE_CHECKING:
+    pass
+
+BUNDLED_DIR = Path(__file__).parent / "bundled"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A target, the draft that goes with it, and how its prompts are written.
+
+    Args:
+        target, draft: hub id or directory; draft None: no small LM is known to fit (EAGLE-3 heads are used instead).
+        template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
+        cpu_tree: draft tree to use by default on a CPU, which is compute-bound where a GPU is not; None: the paper's.
+        retrieval: what the draft's working cache holds by default.
+    """
+
+    name: str
+    target: str
+    draft: str | None
+    template: str | None = None
+    cpu_tree: TreeConfig | None = None
+    retrieval: RetrievalConfig = RetrievalConfig()
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), cpu_tree=TreeConfig(12, 8, 0.35, 0.06)
+        ),
+        Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
+        Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
+        Preset("llama31_8b", "meta-llama/Llama-3.1-8B-Instruct", None, "chat"),
+        Preset("r1_distill_llama_8b", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None, "chat"),
+    )
+}
+
+
+def find_preset(name_or_path: str) -> Preset:
+    """A preset by its name, by its target's hub id, or by a directory called like it; else one made for the name."""
+    if name_or_path in PRESETS:
+        return PRESETS[name_or_path]
+    path = Path(name_or_path).expanduser()
+    if not name_or_path or not (path.is_dir() or HUB_ID.fullmatch(name_or_path)):
+        raise ModelError(
+            f"model {name_or_path!r} is unknown; choose one of {', '.join(PRESETS)}, "
+            "or give an existing directory or a hub id (org/name)"
+        )
+    for preset in PRESETS.values():
+        if HUB_ID.fullmatch(preset.target) and path.name == preset.target.split("/")[1]:
+            return replace(preset, target=name_or_path)
+    written_like_vicuna = any(family in path.name.lower() for family in ("vicuna", "longchat"))  # as fschat decides
+    return Preset(name_or_path, name_or_path, None, "vicuna_v1.1" if written_like_vicuna else None)
+
+
+def public_id(model_id: str) -> str:
+    """A model's name for records: the bundled pair without the path of this machine."""
+    path = Path(model_id)
+    return str(path.relative_to(BUNDLED_DIR.parent)) if path.is_relative_to(BUNDLED_DIR) else model_id

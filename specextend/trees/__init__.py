@@ -1,0 +1,1 @@
+"""Draft trees: what the target verifies, and which of it it accepts."""

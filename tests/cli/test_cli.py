@@ -1,0 +1,432 @@
+"""The command line: flags become settings, mistakes one line and status 2, and `run_classic.py` does what it says."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from specextend.cli import commands, flags
+from specextend.cli.reporter import ConsoleReporter
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.data.builtin import builtin_text
+from specextend.data.encoded import EncodedPrompt
+from specextend.decoding.output import Generation, Output, Round
+from specextend.errors import SpecExtendError
+from specextend.models.presets import PRESETS, Preset
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 512
+
+
+# ---- flags to settings
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = flags.parser("test")
+    flags.add_model_flags(parser)
+    flags.add_method_flags(parser)
+    flags.add_sampling_flags(parser)
+    return parser.parse_args(flags)
+
+
+def config_of(*flags: str, cpu_tree: TreeConfig | None = None, device: str = "cpu") -> SpecExtendConfig:
+    preset = Preset("tiny", "tiny", None, cpu_tree=cpu_tree)
+    return flags.config_from(parse(*flags), SimpleNamespace(preset=preset, device=torch.device(device)))
+
+
+def test_without_flags_the_setting_is_standard_and_the_papers():
+    assert config_of() == SpecExtendConfig.standard()
+    config = config_of()
+    assert (config.flash_prefill, config.hybrid_tree_attention, config.draft_cache) == (False, False, "full")
+    assert config.tree == TreeConfig(50, 10, 0.7)
+    assert config.retrieval == RetrievalConfig(32, 32, 4)
+
+
+def test_use_specextend_turns_all_parts_on():
+    config = config_of("--use_specextend")
+    assert (config.flash_prefill, config.hybrid_tree_attention, config.draft_cache) == (True, True, "retrieval")
+
+
+@pytest.mark.parametrize(
+    "flags, field, value",
+    [
+        ("--flash_prefill", "flash_prefill", True),
+        ("--use_specextend --no-flash_prefill", "flash_prefill", False),
+        ("--hybrid_tree_attention", "hybrid_tree_attention", True),
+        ("--use_specextend --no-hybrid_tree_attention", "hybrid_tree_attention", False),
+        ("--draft_cache streaming", "draft_cache", "streaming"),
+        ("--use_specextend --draft_cache full", "draft_cache", "full"),
+        ("--draft_window 0", "draft_window", 0),
+        ("--prefill_block 77", "prefill_block", 77),
+    ],
+)
+def test_every_switch_changes_its_own_field(flags, field, value):
+    base = "--use_specextend" if "--use_specextend" in flags else ""
+    expected = {**vars(config_of(*base.split())), field: value}
+    assert vars(config_of(*flags.split())) == expected and getattr(config_of(*base.split()), field) != value
+
+
+@pytest.mark.parametrize(
+    "flag, part, field",
+    [
+        ("--nodes", "tree", "nodes"),
+        ("--max_depth", "tree", "max_depth"),
+        ("--threshold", "tree", "threshold"),
+        ("--retrieval_chunk_size", "retrieval", "chunk_size"),
+        ("--retrieve_top_k", "retrieval", "top_k"),
+        ("--retrieve_every_n_steps", "retrieval", "every_n_steps"),
+        ("--retrieval_sink", "retrieval", "sink"),
+        ("--retrieval_recent", "retrieval", "recent"),
+    ],
+)
+def test_every_parameter_of_the_reference_has_its_flag(flag, part, field):
+    expected = {**vars(getattr(config_of(), part)), field: 7}
+    assert vars(getattr(config_of(flag, "7"), part)) == expected
+
+
+def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_otherwise(tmp_path, monkeypatch):
+    problems = tmp_path / "aime24"
+    problems.mkdir()
+    (problems / "aime24.jsonl").write_text('{"id": 0, "problem": "What is 1 + 1?", "answer": "2"}\n')
+    plans = []
+    monkeypatch.setattr(commands, "evaluate", lambda engine, plan, *_, **__: plans.append(plan) or {})
+    monkeypatch.setattr(commands, "SpecExtend", lambda *_, **__: SimpleNamespace(limit=5000))
+    preset = Preset("tiny", "tiny", None)
+
+    def plan_of(*flags: str):
+        parser = flags.parser("test")
+        commands.add_eval_flags(parser)
+        flags.add_model_flags(parser)
+        args = parser.parse_args(["--data_dir", str(problems), *flags])
+        commands.measure(args, lambda: SimpleNamespace(preset=preset, device=torch.device("cpu")))
+        return plans[-1]
+
+    plan = plan_of()
+    assert list(plan.buckets) == ["all"] and plan.buckets["all"][0].extra["answer"] == "2"
+    assert (plan.max_new_tokens, plan.sampling.temperature) == (5000 - 1024, 0.5)
+    plan = plan_of("-max", "64", "--temperature", "0")
+    assert (plan.max_new_tokens, plan.sampling.temperature) == (64, 0)
+
+
+def test_tree_of_the_preset_holds_on_a_cpu_unless_a_flag_says_otherwise():
+    own = TreeConfig(8, 3, 0.4)
+    assert config_of(cpu_tree=own).tree == own
+    assert config_of("--nodes", "9", cpu_tree=own).tree == TreeConfig(9, 3, 0.4)
+    assert config_of(cpu_tree=own, device="cuda").tree == TreeConfig()
+
+
+def test_sampling_flags_become_the_sampling_setting():
+    flags = ("--temperature", "0.7", "--top_p", "0.9", "--top_k", "40", "--seed", "12")
+    assert flags.sampling_from(parse(*flags)) == SamplingConfig(0.7, 0.9, 40, 12)
+    assert flags.sampling_from(parse()) == SamplingConfig()
+
+
+@pytest.mark.parametrize("error, status", [(SpecExtendError("no\nsuch  thing"), 2), (KeyboardInterrupt(), 130)])
+def test_run_turns_mistakes_into_a_line_and_a_status(error, status, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        flags.run(main)
+    assert exit_.value.code == status
+    assert capsys.readouterr().err == ("SpecExtendError: no such thing\n" if status == 2 else "interrupted\n")
+
+
+def test_run_hides_no_error_of_our_own():
+    with pytest.raises(ZeroDivisionError):
+        flags.run(lambda: 1 / 0)
+
+
+# ---- run_classic.py on a tiny checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory, make_model) -> tuple[Path, Path]:
+    """Directories of a random target and draft whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocab = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=vocab | {"</s>": 256}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    for name, seed in (("target", 0), ("draft", 1)):
+        model = make_model("gqa", seed, vocab_size=257, max_position_embeddings=LIMIT, eos_token_id=256)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "target", folder / "draft"
+
+
+@pytest.fixture(scope="session")
+def run_classic():
+    spec = importlib.util.spec_from_file_location("run_classic", ROOT / "run_classic.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def classic(run_classic, tiny_pair, monkeypatch, capsys):
+    """classic(*flags): (status, stdout, stderr) of `run_classic.py` on the tiny pair."""
+
+    def call(*flags: str, pair: bool = True) -> tuple[int, str, str]:
+        target, draft = tiny_pair
+        named = ["--model_name", str(target), "--draft_model", str(draft)] if pair else []
+        monkeypatch.setattr(sys, "argv", ["run_classic.py", *named, *map(str, flags)])
+        status = 0
+        try:
+            flags.run(run_classic.main)
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def results(stdout: str) -> list[dict]:
+    return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
+
+
+SHORT = ("--input_len", "100", "-max", "8")
+
+
+def test_run_answers_the_built_in_text(classic):
+    status, out, err = classic(*SHORT, "--use_specextend")
+    assert status == 0 and err == ""
+    assert "specextend: flash prefill on, hybrid tree attention on, draft cache retrieval" in out
+    assert "Python language reference" in out and "100 tokens" in out
+    assert re.search(r"specextend: 8 tokens \(length\), \d\.\d\d draft tokens accepted per round", out)
+
+
+def test_run_without_use_specextend_is_standard(classic):
+    _, out, _ = classic(*SHORT)
+    assert "standard: flash prefill off, hybrid tree attention off, draft cache full" in out
+
+
+def test_run_with_single_parts_names_them(classic):
+    _, out, _ = classic(*SHORT, "--use_specextend", "--no-flash_prefill")
+    assert "hta-retrieval: flash prefill off, hybrid tree attention on, draft cache retrieval" in out
+
+
+def test_result_line_is_json_with_the_figures_and_the_text(classic):
+    status, out, _ = classic(*SHORT, "--output_result_line")
+    (result,) = results(out)
+    assert status == 0 and out.splitlines()[-1].startswith("{")
+    assert result["method"] == "standard" and result["prompt_tokens"] == 100 and result["new_tokens"] == 8
+    assert result["finish_reason"] == "length" and isinstance(result["text"], str)
+    numbers = ("accepted_per_round", "tokens_per_round", "ttft_s", "decode_tokens_per_s", "tokens_per_s")
+    assert all(result[number] >= 0 for number in numbers)
+
+
+def test_compare_shows_three_methods_with_the_same_text(classic):
+    status, out, _ = classic(*SHORT, "--compare", "--use_specextend", "--output_result_line")
+    lines = results(out)
+    assert status == 0
+    assert [line["method"] for line in lines] == ["autoregressive", "standard", "specextend"]
+    assert len({line["text"] for line in lines}) == 1
+    assert "speedup" in out and "NO" not in out.split("speedup")[-1].split("{")[0]
+
+
+def test_seed_and_temperature_reach_the_sampler(classic):
+    def sampled(*flags: str) -> list[str]:
+        _, out, _ = classic(*SHORT, "--compare", "--output_result_line", "--temperature", "1.5", *flags)
+        return [line["text"] for line in results(out)]
+
+    first = sampled("--seed", "1")
+    assert len(set(first)) == 1 and first == sampled("--seed", "1") and first != sampled("--seed", "2")
+
+
+def test_verbose_streams_the_text_that_the_result_line_reports(classic, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Once upon a time")
+    _, out, _ = classic("-i", prompt, "-max", "20", "--verbose", "--output_result_line")
+    (result,) = results(out)
+    visible = "".join(character for character in result["text"] if character.isprintable())
+    shown = "".join(character for character in out.split("accepted draft tokens")[0] if character.isprintable())
+    assert visible and shown.endswith(visible)
+    assert "the target's own" in out
+
+
+def test_prompts_come_from_a_jsonl_file_up_to_max_samples(classic, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"prompt {n} " * 10}) + "\n" for n in range(3)))
+    _, out, _ = classic("-i", file, "-n", "2", "-max", "3", "--output_result_line")
+    assert [line["source"] for line in results(out)] == [f"{file}:1", f"{file}:2"]
+    assert [line["prompt_tokens"] for line in results(out)] == [90, 90]
+
+
+def test_prompt_is_cut_only_when_input_len_says_so(classic, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("word " * 200)
+    status, out, _ = classic("-i", file, "-max", "4", "--input_len", "300")
+    assert status == 0 and "300 tokens, cut from 1000" in out
+    status, out, err = classic("-i", file, "-max", "4")
+    assert status == 2 and "1000 tokens" in err and "508" in err and "--input_len" in err
+
+
+def test_built_in_text_fills_what_the_model_holds(classic):
+    _, out, _ = classic("-max", "12", "--output_result_line")
+    assert results(out)[0]["prompt_tokens"] == LIMIT - 12
+
+
+@pytest.mark.parametrize("length", [100, 300])
+def test_built_in_text_is_said_to_be_as_long_as_it_is(length, classic):
+    _, whole, _ = classic("-max", "4", "--input_len", str(length))
+    said = re.search(rf"{length} tokens, cut from (\d+)", whole)
+    assert int(said[1]) > len(builtin_text()) // 2  # nearly a token per character
+
+
+def test_stop_flag_ends_the_answer(classic):
+    _, out, _ = classic(*SHORT[:2], "-max", "40", "--output_result_line")
+    text = results(out)[0]["text"]
+    stop = text[10:12]
+    _, out, _ = classic(*SHORT[:2], "-max", "40", "--output_result_line", "--stop", stop)
+    assert results(out)[0]["text"] == text[: text.find(stop)] and results(out)[0]["finish_reason"] == "stop"
+
+
+BAD = [
+    ("--nodes 0", "nodes is 0"),
+    ("--max_depth 0", "max_depth is 0"),
+    ("--threshold -1", "threshold is -1"),
+    ("--threshold nan", "threshold is nan"),
+    ("--retrieval_chunk_size 0", "retrieval_chunk_size is 0"),
+    ("--retrieve_top_k 0", "retrieve_top_k is 0"),
+    ("--retrieve_every_n_steps 0", "retrieve_every_n_steps is 0"),
+    ("--retrieval_sink -1", "sink is -1"),
+    ("--retrieval_recent 0", "recent is 0"),
+    ("--draft_window -1", "draft_window is -1"),
+    ("--prefill_block -1", "prefill_block is -1"),
+    ("--temperature -0.1", "temperature is -0.1"),
+    ("--temperature nan", "temperature is nan"),
+    ("--temperature inf", "temperature is inf"),
+    ("--top_p 0", "top_p is 0"),
+    ("--top_p 1.5", "top_p is 1.5"),
+    ("--top_k -1", "top_k is -1"),
+    ("--seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("--seed -1", "seed is -1"),
+    ("--max_gen_len 0", "max_gen_len is 0"),
+    ("--max_gen_len -3", "max_gen_len is -3"),
+    ("--max_gen_len 600", "512"),
+    ("--max_samples 0", "max_samples is 0"),
+    ("--input_len 0", "input_len is 0"),
+    ("--input_len -5", "input_len is -5"),
+    ("--input_len 512", "holds 512 positions"),
+    ("--dtype int3", "dtype 'int3' is unknown"),
+    ("--device cuda:99", "device 'cuda:99' is not there"),
+    ("--device tpu", "device 'tpu' is not there"),
+    ("--draft_cache some", "invalid choice: 'some'"),
+    ("--nodes many", "invalid int value: 'many'"),
+    ("--temperature warm", "invalid float value: 'warm'"),
+    ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+    ("--nodes", "expected one argument"),
+    ("--draft_model no-such-model", "no-such-model"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[flags for flags, _ in BAD])
+def test_bad_flag_gives_one_line_and_status_2(flags, message, classic):
+    status, _, err = classic(*flags.split())
+    assert status == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_empty_stop_string_gives_one_line_and_status_2(classic):
+    status, _, err = classic(*SHORT, "--stop", "")
+    assert status == 2 and "stop" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_gpu_that_is_not_there_gives_one_line_and_status_2(classic):
+    status, _, err = classic("--device", "cuda")
+    assert status == 2 and err == "DeviceError: device 'cuda' is not there; this machine has cpu\n"
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "", "a/b/c/d", "[/bold]", "model[red]"])
+def test_unknown_model_lists_the_known(model, classic):
+    status, _, err = classic("-m", model, pair=False)
+    assert status == 2 and err.count("\n") == 1
+    assert all(name in err for name in PRESETS)
+
+
+FILES = {
+    "empty.jsonl": ("", "empty"),
+    "blank.txt": (" \n\n", "blank.txt"),
+    "malformed.jsonl": ('{"text": "fine"}\n{"text": \n', "malformed.jsonl:2"),
+    "number.jsonl": ("17\n", "number.jsonl:1"),
+    "textless.jsonl": ('{"text": "fine"}\n{"title": "x"}\n', "textless.jsonl:2"),
+    "void.jsonl": ('{"text": "  "}\n', "void.jsonl:1"),
+    "unknown.pdf": ("text", ".pdf"),
+    "long.jsonl": (json.dumps({"text": "x" * 600}) + "\n", "600 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_that_cannot_be_used_gives_one_line_and_status_2(name, classic, tmp_path):
+    content, message = FILES[name]
+    (tmp_path / name).write_text(content)
+    status, _, err = classic("-i", tmp_path / name, "-n", "5", "-max", "4")
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "."])
+def test_file_that_is_not_there_gives_one_line_and_status_2(path, classic, tmp_path):
+    status, _, err = classic("-i", tmp_path / path)
+    assert status == 2 and str(tmp_path) in err and err.count("\n") == 1
+
+
+def test_malformed_line_behind_max_samples_does_not_matter(classic, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"text": "fine"}\nbroken\n')
+    assert classic("-i", file, "-n", "1", "-max", "3")[0] == 0
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_text_is_printed_as_it_is(verbose, capsys):
+    # neither markup nor emoji codes are the printer's business
+    text = ":warning: [bold]x[/] [/]\n  end "
+    generation = Generation(3, [1, 2], text, "length", [Round([2], 1, 0, {})], {"target": 1.0})
+
+    def generate(prompt, *, on_round):
+        decode = {0: "", 1: text[:12], 2: text}
+        output = Output(3, 2, 0, frozenset(), (), lambda ids: decode[len(ids)], lambda: None)
+        output.begin(torch.tensor(1))
+        on_round(output, None)
+        on_round(output, output.append(1, torch.tensor([2]), torch.tensor(3)))
+        return generation
+
+    prompt = EncodedPrompt(torch.tensor([1, 2, 3]), "[file]:1", 3)
+    ConsoleReporter(verbose=verbose, result_line=False).answer(prompt, {"standard": generate})
+    out = capsys.readouterr().out
+    assert text in out and "[file]:1" in out
+
+
+# ---- as a process of its own
+
+
+def run_process(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "run_classic.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+
+
+def test_process_answers_from_any_directory(tiny_pair):
+    target, draft = map(str, tiny_pair)
+    done = run_process("-m", target, "--draft_model", draft, *SHORT, "--use_specextend", "--output_result_line")
+    assert done.returncode == 0, done.stderr
+    assert results(done.stdout)[-1]["new_tokens"] == 8 and "Traceback" not in done.stderr
+
+
+def test_process_ends_a_mistake_with_one_line_and_status_2(tiny_pair):
+    target, draft = map(str, tiny_pair)
+    done = run_process("-m", target, "--draft_model", draft, "--input_file", "/no/such/file.jsonl")
+    assert done.returncode == 2 and "/no/such/file.jsonl" in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,429 @@
+"""`model.generate(custom_generate=specextend.custom_generate)`: transformers' tokens; the model stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    StoppingCriteria,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import specextend
+from specextend import SpecExtend
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.errors import ConfigError, InputError, ModelError
+from specextend.integrations.custom_generate import CustomGenerate, _twin
+from specextend.models.loading import load_models
+
+NEW = 24
+PROMPT = "The king said that the"
+CONFIG = SpecExtendConfig.specextend(tree=TreeConfig(12, 4, 0.1))
+EAGER_TREE = SpecExtendConfig.specextend(tree=TreeConfig(20, 5, 0.0))
+
+
+@pytest.fixture(scope="module")
+def pair(make_model, perturbed, hf_twin):
+    """A target and a draft that is sometimes right, loaded as anybody would load them."""
+    target = make_model("gqa")
+    return hf_twin(target), hf_twin(perturbed(target, 0.05))
+
+
+@pytest.fixture
+def door() -> CustomGenerate:
+    return CustomGenerate()
+
+
+@pytest.fixture
+def both(pair, door, make_prompt):
+    """both(**options): ids by plain `generate` and by ours, of one prompt with one request."""
+
+    def run(length: int = 60, **options) -> tuple[list[int], list[int]]:
+        target, draft = pair
+        request = {"max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False} | options
+        ids = make_prompt(length)[None]
+        plain = target.generate(ids, attention_mask=torch.ones_like(ids), **request)
+        ours = target.generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=door, draft_model=draft,
+            specextend_config=EAGER_TREE, **request,
+        )  # fmt: skip
+        return plain[0].tolist(), ours[0].tolist()
+
+    return run
+
+
+# ---- greedy: the same tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 2},
+        {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "suppress_tokens": [5, 6, 7]},
+        {"bad_words_ids": [[3], [4, 5]]},
+        {"encoder_repetition_penalty": 1.5},  # written for one row: a batch of nodes would break it
+        {"sequence_bias": {(10,): 5.0, (11, 12): -4.0}},
+        {"exponential_decay_length_penalty": (4, 1.5), "eos_token_id": 9},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [(int(ids[-1]) * 7 + step) % 97 for step in range(9)]},
+        {"guidance_scale": 1.5},  # keeps a cache of its own, and so must be asked in order
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_greedy_tokens_are_plain_generates(options, both):
+    plain, ours = both(**options)
+    assert ours == plain and len(ours) > 60
+
+
+def test_eos_and_lengths_are_plain_generates(both):
+    plain, _ = both()
+    eos = plain[60 + 9]
+    for options in (
+        {"eos_token_id": eos},
+        {"eos_token_id": [96, eos]},
+        {"eos_token_id": eos, "min_new_tokens": 15},
+        {"eos_token_id": eos, "min_length": 75},
+        {"max_new_tokens": None, "max_length": 66},
+        {"max_new_tokens": 1},
+        {"eos_token_id": eos, "forced_eos_token_id": eos, "min_new_tokens": 20},
+    ):
+        expected, ours = both(**options)
+        assert ours == expected
+    assert len(both(eos_token_id=eos)[1]) == 60 + plain[60:].index(eos) + 1
+
+
+class Every(StoppingCriteria):
+    """Ends once the ids add up to a multiple of 11, `least` tokens in."""
+
+    def __init__(self, least: int):
+        self.least, self.seen = least, []
+
+    def __call__(self, input_ids, scores, **_):
+        self.seen.append(input_ids.shape[1])
+        ends = input_ids.shape[1] >= self.least and int(input_ids.sum()) % 11 == 0
+        return torch.full((len(input_ids),), ends)
+
+
+def test_own_stopping_criteria_and_processors_are_asked_as_plain_generate_asks(pair, door, make_prompt):
+    class Counting(LogitsProcessor):
+        """Depends on how often it was called, as no draft tree could know."""
+
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.calls += 1
+            return scores.roll(self.calls // 6, dims=-1)
+
+    target, draft = pair
+    ids, seen = make_prompt(40)[None], []
+    for options in ({}, {"custom_generate": door, "draft_model": draft, "specextend_config": CONFIG}):
+        until = Every(50)
+        out = target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, pad_token_id=0, do_sample=False,
+            logits_processor=[Counting()], stopping_criteria=[until], **options,
+        )  # fmt: skip
+        seen.append((out.tolist(), until.seen))
+    assert seen[0] == seen[1] and len(seen[0][1]) < 60
+
+
+@pytest.mark.parametrize("kind", ["tied", "qwen2", "qwen3", "mistral", "llama3", "dynamic"])
+def test_every_family_is_plain_generates(kind, make_model, perturbed, hf_twin, door, make_prompt):
+    ids = make_prompt(90)[None]  # and 24 more is within what dynamic rope holds here, and beyond where it changes
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+    draft = hf_twin(perturbed(make_model(kind), 0.05))
+    plain = hf_twin(make_model(kind)).generate(ids, repetition_penalty=1.2, **request)
+    model = hf_twin(make_model(kind))
+    assert torch.equal(
+        model.generate(ids, repetition_penalty=1.2, custom_generate=door, draft_model=draft, **request), plain
+    )
+
+
+# ---- sampled: the library's tokens
+
+
+@pytest.mark.parametrize(
+    "options, sampling",
+    [
+        ({"top_k": 0}, SamplingConfig(1.0, seed=5)),
+        ({"temperature": 0.8, "top_k": 0}, SamplingConfig(0.8, seed=5)),
+        ({"temperature": 1.3, "top_k": 7, "top_p": 0.9}, SamplingConfig(1.3, 0.9, 7, seed=5)),
+    ],
+    ids=str,
+)
+def test_sampled_tokens_are_the_librarys(options, sampling, pair, door, make_prompt, make_engine, make_model):
+    target, draft = pair
+    ids = make_prompt(60)
+    out = target.generate(
+        ids[None], attention_mask=torch.ones_like(ids)[None], max_new_tokens=NEW, pad_token_id=0, do_sample=True,
+        custom_generate=door, draft_model=draft, seed=5, **options,
+    )  # fmt: skip
+    expected = make_engine(make_model("gqa")).autoregressive(ids, NEW, sampling=sampling).token_ids
+    assert out[0, 60:].tolist() == expected
+
+
+def test_sampling_behind_other_rules_follows_their_distribution(pair, door, make_prompt):
+    """min-p and a penalty beside a temperature: only tokens they allow, the likeliest most often, anew each call."""
+    target, draft = pair
+    ids = make_prompt(30)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "pad_token_id": 0, "do_sample": True}
+    rules = {"temperature": 2.0, "min_p": 0.3, "repetition_penalty": 1.3}
+    detail = target.generate(ids, output_scores=True, return_dict_in_generate=True, **request, **rules)
+    law = detail.scores[0][0].softmax(-1)
+    torch.manual_seed(3)
+    ours = {"custom_generate": door, "draft_model": draft, "specextend_config": CONFIG}
+    drawn = torch.tensor([int(target.generate(ids, **request, **rules, **ours)[0, 30]) for _ in range(150)])
+    counts = torch.bincount(drawn, minlength=len(law)) / len(drawn)
+    assert int((law > 0).sum()) > 1 and counts[law == 0].sum() == 0
+    assert (counts - law).abs().max() < 0.15
+
+
+def test_torchs_seed_decides_where_none_is_given(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(30)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0, "do_sample": True}
+
+    def draw() -> list[int]:
+        return target.generate(ids, custom_generate=door, draft_model=draft, **request)[0].tolist()
+
+    torch.manual_seed(1)
+    first, second = draw(), draw()
+    torch.manual_seed(1)
+    assert draw() == first != second
+
+
+# ---- what comes back, and how
+
+
+def test_output_object_holds_plain_generates_scores_and_logits(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(60)[None]
+    request = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False,
+        "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.3,
+    }  # fmt: skip
+    plain = target.generate(ids, **request)
+    ours = target.generate(ids, custom_generate=door, draft_model=draft, **request)
+    assert torch.equal(ours.sequences, plain.sequences) and len(ours.scores) == len(ours.logits) == NEW
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.cat(ours[name]), torch.cat(plain[name]), rtol=1e-4, atol=1e-4)
+    assert not ours.scores[0].is_inference() and not ours.sequences.is_inference()
+    bare = target.generate(ids, custom_generate=door, draft_model=draft, **request | {"output_scores": False})
+    assert bare.scores is None and torch.equal(bare.sequences, plain.sequences)
+
+
+def test_scores_of_sampling_are_those_it_drew_from(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(60)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "pad_token_id": 0, "do_sample": True}
+    ours = target.generate(
+        ids, custom_generate=door, draft_model=draft, temperature=0.7, top_k=5, seed=2, return_dict_in_generate=True,
+        output_scores=True, **request,
+    )  # fmt: skip
+    plain = target.generate(ids, custom_generate=door, draft_model=draft, temperature=0.7, top_k=5, seed=2, **request)
+    assert torch.equal(ours.sequences, plain)
+    for token, scores in zip(ours.sequences[0, 60:], ours.scores, strict=True):
+        assert int(scores.isfinite().sum()) == 5 and scores[0, token].isfinite()
+
+
+def test_streamer_gets_what_plain_generate_gives_it(pair, door, make_prompt):
+    class Recorder(BaseStreamer):
+        def __init__(self):
+            self.heard = []
+
+        def put(self, value):
+            self.heard.append(value.tolist())
+
+        def end(self):
+            self.heard.append("end")
+
+    target, draft = pair
+    ids, heard = make_prompt(20)[None], []
+    for options in ({}, {"custom_generate": door, "draft_model": draft}):
+        recorder = Recorder()
+        target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0, do_sample=False,
+            streamer=recorder, **options,
+        )  # fmt: skip
+        heard.append(recorder.heard)
+    assert heard[0] == heard[1] and len(heard[0]) == NEW + 2
+
+
+# ---- the models stay as they are, and the engine with them
+
+
+def state_of(model) -> dict:
+    return {
+        "attention": model.config._attn_implementation,
+        "generation": model.generation_config.to_dict(),
+        "config": model.config.to_dict(),
+        "modules": [(name, type(module), id(module)) for name, module in model.named_modules()],
+        "weights": [(name, weight.data_ptr(), weight.requires_grad) for name, weight in model.named_parameters()],
+        "training": model.training,
+    }
+
+
+def test_models_are_left_as_they_were(make_model, perturbed, hf_twin, door, make_prompt):
+    target, draft = hf_twin(make_model("dynamic")).train().requires_grad_(True), hf_twin(make_model("dynamic"))
+    before = copy.deepcopy([state_of(target), state_of(draft)])
+    values = [weight.clone() for weight in target.parameters()]
+    ids = make_prompt(50)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "pad_token_id": 0}
+    target.generate(ids, custom_generate=door, draft_model=draft, **request)
+    assert [state_of(target), state_of(draft)] == before
+    assert all(torch.equal(*both) for both in zip(values, target.parameters(), strict=True))
+
+
+def test_engine_is_kept_until_a_weight_draft_or_setting_changes(make_model, perturbed, hf_twin, door, make_prompt):
+    target, draft = hf_twin(make_model("gqa")), hf_twin(perturbed(make_model("gqa"), 0.05))
+    first = door._engine(target, draft, None)
+    assert door._engine(target, draft, None) is first
+    assert door._engine(target, draft, CONFIG) is not first
+    first = door._engine(target, draft, None)
+    assert door._engine(target, hf_twin(draft), None) is not first
+    first = door._engine(target, draft, None)
+    draft.lm_head.weight.data[0, 0] += 1e-3  # as merging an adapter does, unnoticed by version counters
+    assert door._engine(target, draft, None) is not first
+
+
+def test_weights_changed_in_place_change_the_answer_as_they_should(make_model, hf_twin, door, make_prompt):
+    target, ids = hf_twin(make_model("gqa")), make_prompt(40)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+    before = target.generate(ids, custom_generate=door, draft_model=hf_twin(target), **request)
+    for weight in target.parameters():
+        weight.data.mul_(1.3)
+    after = target.generate(ids, **request)
+    assert not torch.equal(after, before)
+    assert torch.equal(target.generate(ids, custom_generate=door, draft_model=hf_twin(target), **request), after)
+
+
+def test_engine_goes_with_its_model_or_by_close(make_model, hf_twin, door, make_prompt):
+    target, draft = hf_twin(make_model("gqa")), hf_twin(make_model("gqa"))
+    engines = [weakref.ref(door._engine(target, draft, None))]
+    door.close()
+    engines.append(weakref.ref(door._engine(target, draft, None)))
+    gone = weakref.ref(target)
+    del target
+    gc.collect()
+    assert gone() is None and [engine() for engine in engines] == [None, None]
+
+
+def test_weights_moved_in_the_twin_stay_where_they_are_in_the_model(make_model, hf_twin):
+    target = hf_twin(make_model("tied")).double()  # not packed, as on a GPU
+    before, twin = state_of(target), _twin(target)
+    assert [weight.data_ptr() for weight in twin.parameters()] == [weight.data_ptr() for weight in target.parameters()]
+    for weight in twin.parameters():  # as captured rounds do when they join what reads the same input
+        weight.data = weight.data.clone()
+    assert state_of(target) == before
+
+
+# ---- requests it does not take
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2}, "beam search"),
+        ({"num_beams": 2, "do_sample": True}, "beam sample"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
+        ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
+        ({"draft_model": None}, "draft_model is None"),
+        ({"draft_model": 7}, "draft_model is 7"),
+    ],
+    ids=str,
+)
+def test_other_kinds_of_generation_are_refused_in_a_line(options, message, pair, door, make_prompt):
+    target, draft = pair
+    request = {"max_new_tokens": 4, "pad_token_id": 0, "draft_model": draft} | options
+    ids = make_prompt(20)[None]
+    with pytest.raises(ConfigError, match=message) as raised:
+        target.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=door, **request)
+    assert "\n" not in str(raised.value)
+
+
+def test_batches_padding_and_filled_caches_are_refused(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(20)[None]
+    cache = DynamicCache(config=target.config)
+    target(ids[:, :5], past_key_values=cache)
+    for tensors, message in (
+        ({"inputs": ids.repeat(2, 1), "attention_mask": torch.ones(2, 20)}, "batch of 2"),
+        ({"inputs": ids, "attention_mask": (torch.arange(20) > 2).long()[None]}, "attention_mask with zeros"),
+        ({"inputs": ids, "past_key_values": cache, "attention_mask": torch.ones(1, 20)}, "past_key_values"),
+        ({"inputs": ids, "assistant_model": draft, "attention_mask": torch.ones(1, 20)}, "assisted"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            target.generate(custom_generate=door, draft_model=draft, max_new_tokens=4, pad_token_id=0, **tensors)
+
+
+def test_models_it_cannot_run_are_refused(pair, door, make_prompt, make_model, hf_twin):
+    target, draft = pair
+    stranger = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2))
+    request = {"max_new_tokens": 4, "pad_token_id": 0, "custom_generate": door}
+    ids = make_prompt(20)[None]
+    with pytest.raises(ModelError, match="the model is a GPT2LMHeadModel; supported are LlamaForCausalLM"):
+        stranger.generate(ids, draft_model=draft, **request)
+    with pytest.raises(ModelError, match="the draft is a GPT2LMHeadModel"):
+        target.generate(ids, draft_model=stranger, **request)
+    small = hf_twin(make_model("gqa", vocab_size=50))
+    with pytest.raises(ModelError, match="draft knows 50 tokens, the model 97"):
+        target.generate(ids, draft_model=small, **request)
+
+
+# ---- the bundled pair, with text
+
+
+@pytest.fixture(scope="module")
+def plain_bundled():
+    return AutoModelForCausalLM.from_pretrained(specextend.PRESETS["bundled"].target, dtype=torch.float32)
+
+
+def test_bundled_pair_by_name_with_streamed_text_and_stop_strings(plain_bundled, bundled_models, capsys):
+    tokenizer = bundled_models.tokenizer
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    request = {"max_new_tokens": 40, "repetition_penalty": 1.1, "do_sample": False}
+    ours = {"custom_generate": specextend.custom_generate, "draft_model": "bundled"}
+    plain = plain_bundled.generate(**inputs, **request)
+    text = tokenizer.decode(plain[0, inputs.input_ids.shape[1] :])
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    assert torch.equal(plain_bundled.generate(**inputs, **request, **ours, streamer=streamer), plain)
+    assert capsys.readouterr().out.strip() == text.strip()
+
+    stop = text[30:36]
+    stopped = plain_bundled.generate(**inputs, **request, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped.shape[1] < plain.shape[1]
+    assert torch.equal(
+        plain_bundled.generate(**inputs, **request, **ours, stop_strings=[stop], tokenizer=tokenizer), stopped
+    )
+    with pytest.raises(InputError, match="tokenizer=tokenizer"):
+        plain_bundled.generate(**inputs, **request, **ours, stop_strings=[stop])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_rounds_are_captured_and_the_model_stays_as_it_was(bundled_models):
+    models = load_models("bundled", dtype="float16", device="cuda")
+    target = AutoModelForCausalLM.from_pretrained(specextend.PRESETS["bundled"].target, dtype=torch.float16).cuda()
+    before, door = state_of(target), CustomGenerate()
+    inputs = bundled_models.tokenizer(PROMPT, return_tensors="pt").to("cuda")
+    request = {"max_new_tokens": 40, "custom_generate": door, "draft_model": "bundled"}
+    expected = SpecExtend(models).generate(PROMPT, 40).token_ids
+    for _ in range(3):  # run, captured, replayed
+        ids = target.generate(**inputs, do_sample=False, **request)
+        assert ids[0, inputs.input_ids.shape[1] :].tolist() == expected
+    assert state_of(target) == before
+    penalized = {"do_sample": False, "repetition_penalty": 1.3}
+    ids = target.generate(**inputs, **penalized, **request)
+    assert torch.equal(target.generate(**inputs, **penalized, **request), ids)
+    assert ids[0, inputs.input_ids.shape[1] :].tolist() != expected

@@ -1,0 +1,148 @@
+"""Races: the record is what the engines wrote, with each token's origin and time, and the chunks the draft read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import analyse
+import pytest
+import torch
+
+from specextend.config import RetrievalConfig, SamplingConfig
+from specextend.data.builtin import builtin_text
+from specextend.data.encoded import EncodedPrompt
+from specextend.decoding.output import Generation, Round
+from specextend.errors import CapacityError, ModelError
+from specextend.race.record import Progress, Race, Racetrack, differs_at, steps_of
+
+NEW = 30
+
+
+@pytest.fixture(scope="module")
+def engine(bundled_engine):
+    """The bundled pair whose draft reads 4 chunks of 32 tokens."""
+    return bundled_engine.with_config(replace(bundled_engine.config, retrieval=RetrievalConfig(top_k=4)))
+
+
+@pytest.fixture(scope="module")
+def prompt(engine) -> EncodedPrompt:
+    return EncodedPrompt(engine.encode(builtin_text()[:4000])[:300], "text", 1000)
+
+
+@pytest.fixture(scope="module")
+def track(engine) -> Racetrack:
+    return Racetrack(engine)
+
+
+@pytest.fixture(scope="module")
+def race(track, prompt) -> Race:
+    return track.run(prompt, NEW)
+
+
+def test_every_lane_writes_what_the_target_alone_writes(race, engine, prompt):
+    expected = engine.autoregressive(prompt.ids, NEW)
+    assert [lane.method for lane in race.lanes] == ["autoregressive", "standard", "specextend"]
+    for lane in race.lanes:
+        assert lane.token_ids == expected.token_ids and lane.text == expected.text
+    assert race.differs_at is None
+
+
+def test_origins_are_those_of_the_rounds_accepted_first(race, engine, prompt):
+    autoregressive, _, specextend = race.lanes
+    assert [(len(step.pieces), step.accepted) for step in autoregressive.steps] == [(1, 0)] * NEW
+    result = engine.generate(prompt.ids, NEW)
+    rounds = [(len(one.tokens), one.accepted) for one in result.rounds]
+    assert [(len(step.pieces), step.accepted) for step in specextend.steps] == [(1, 0), *rounds]
+    assert sum(step.accepted for step in specextend.steps) > NEW / 3
+    assert specextend.accepted_per_round == result.accepted_per_round
+
+
+def test_times_are_the_engines_and_only_grow(race):
+    for lane in race.lanes:
+        times = [step.at_s for step in lane.steps]
+        assert times == sorted(times) and times[0] > 0
+        assert times[-1] == pytest.approx(lane.total_s, abs=1e-5)
+        decode = (len(lane.token_ids) - 1) / lane.decode_tokens_per_s
+        assert times[-1] - times[0] == pytest.approx(decode, abs=1e-5)
+
+
+def test_chunks_are_those_of_the_loop_that_analyses_watch(race, engine, prompt):
+    with torch.inference_mode():
+        steps = enumerate(analyse.watch(engine, prompt.ids, NEW - 1))
+        chosen = {
+            index: torch.unique(step.positions // 32).tolist() for index, step in steps if step.positions is not None
+        }
+    assert {selection.round: selection.chunks for selection in race.selections} == chosen
+    assert [selection.round for selection in race.selections] == list(range(0, len(race.lanes[2].steps) - 1, 4))
+    first = race.selections[0]
+    assert first.of == 10 and len(first.chunks) == 4 and first.chunks[-1] == 9
+
+
+def test_chunks_of_a_run_that_went_otherwise_are_not_shown(track, prompt, monkeypatch):
+    other = Generation(300, [1], "", "length", [Round([1], 0, 0, {})], {"target": 1.0})
+    monkeypatch.setattr(track._watched, "generate", lambda *_, **__: other)
+    assert track.run(prompt, 6).selections == []
+
+
+def test_sampled_lanes_are_equal_too(track, prompt):
+    sampled = track.run(prompt, NEW, SamplingConfig(temperature=1.2, seed=3))
+    assert sampled.differs_at is None and len({lane.text for lane in sampled.lanes}) == 1
+    assert sampled.lanes[0].token_ids != track.run(prompt, NEW).lanes[0].token_ids
+
+
+def test_progress_names_each_lane_in_turn_and_counts_its_tokens(track, prompt):
+    seen: list[Progress] = []
+    track.run(prompt, 8, report=seen.append)
+    turns = list(dict.fromkeys(one.label for one in seen))
+    assert turns == [
+        "Warming up", "Autoregressive", "Standard speculative", "SpecExtend", "Chunks the draft read",
+    ]  # fmt: skip
+    assert [one.tokens for one in seen if one.label == "Autoregressive"] == [None, *range(1, 9)]
+
+
+def test_race_that_was_stopped_leaves_nothing_to_the_next(track, race, prompt):
+    class Stopped(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.label == "SpecExtend" and progress.tokens and progress.tokens > 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        track.run(prompt, NEW, report=stop)
+    again = track.run(prompt, NEW)
+    assert [lane.token_ids for lane in again.lanes] == [lane.token_ids for lane in race.lanes]
+    assert again.selections == race.selections
+
+
+def test_prompt_that_does_not_fit_is_refused(track, engine):
+    ids = torch.zeros(engine.limit, dtype=torch.long)
+    with pytest.raises(CapacityError, match=str(engine.limit)):
+        track.run(EncodedPrompt(ids, "long", len(ids)), 8)
+
+
+def test_race_without_a_draft_is_refused(bundled_models):
+    from specextend import SpecExtend
+
+    with pytest.raises(ModelError, match="draft"):
+        Racetrack(SpecExtend(replace(bundled_models, draft=None)))
+
+
+def test_record_survives_json(race):
+    assert Race.from_dict(json.loads(json.dumps(race.to_dict()))) == race
+
+
+def test_character_split_over_tokens_comes_with_the_token_that_completes_it():
+    ids = list("a€b".encode())
+    result = Generation(1, ids, "a€b", "length", [Round(ids[1:3], 2, 1, {"verify": 2.0}), Round(ids[3:], 2, 1, {})], {})
+    steps = steps_of(result, lambda part: bytes(part).decode(errors="replace"))
+    assert [step.pieces for step in steps] == [["a"], ["", ""], ["€", "b"]]
+    assert [step.at_s for step in steps] == [0.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "outputs, position", [([[1, 2]] * 3, None), ([[1, 2], [1, 2], [1, 3]], 1), ([[1, 2], [1], [2, 2]], 0)]
+)
+def test_differs_at_finds_the_first_difference_of_any_lane(outputs, position):
+    assert differs_at(outputs) == position

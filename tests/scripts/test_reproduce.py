@@ -1,0 +1,72 @@
+"""scripts/reproduce_all.sh, its commands printed instead of run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from specextend.evaluation.environment import ROOT
+from specextend.methods import METHODS
+
+SCRIPT = ROOT / "scripts" / "reproduce_all.sh"
+
+
+def commands_of(*arguments: str, **environment: str | Path) -> tuple[list[str], str, int]:
+    """Printed lines, stderr and status, with `echo` for Python."""
+    values = os.environ | {"PYTHON": "echo"} | {name: str(value) for name, value in environment.items()}
+    done = subprocess.run(["bash", SCRIPT, *arguments], env=values, capture_output=True, text=True)
+    return done.stdout.splitlines(), done.stderr, done.returncode
+
+
+def flag(command: str, name: str) -> str | None:
+    words = shlex.split(command)
+    return words[words.index(name) + 1] if name in words else None
+
+
+@pytest.mark.parametrize("what", ["bundled", "paper"])
+def test_every_method_is_measured_and_ends_in_tables_and_figures(what, tmp_path):
+    lines, _, status = commands_of(what, DATA=tmp_path, OUT=tmp_path / "out")
+    commands = [line for line in lines if line.split()[0].endswith(".py")]
+    assert status == 0 and all((ROOT / line.split()[0]).exists() for line in commands)
+    measured = [shlex.split(line.split("--method ")[1].split(" --")[0]) for line in commands if "--method " in line]
+    assert {method for methods in measured for method in methods} == set(METHODS)
+    names = [Path(line.split()[0]).name for line in commands]
+    assert {"eval_classic.py", "eval_eagle.py", "eval_needle.py", "analyse.py"} < set(names)
+    assert names[-2:] == ["plot_results.py", "make_tables.py"]
+    files = [flag(line, "--output_file") for line in commands if flag(line, "--output_file")]
+    assert all(Path(file).is_relative_to(tmp_path / "out") for file in files)
+
+
+def test_data_sets_that_are_there_are_used_and_the_built_in_text_where_none_is(tmp_path):
+    lines, _, _ = commands_of(DATA=tmp_path)
+    assert lines[0].startswith("scripts/prepare_data.py --builtin") and {
+        Path(flag(line, "--data_dir")).name for line in lines if flag(line, "--data_dir")
+    } == {"builtin"}
+    for name in ("pg19", "govreport"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_1K.jsonl").touch()
+    lines, _, _ = commands_of(DATA=tmp_path)
+    sets = [Path(flag(line, "--data_dir")).name for line in lines if flag(line, "--data_dir")]
+    assert set(sets) == {"govreport", "pg19"} and sets[0] == "govreport"
+
+
+def test_paper_says_first_what_it_will_take(tmp_path):
+    lines, _, _ = commands_of("paper", DATA=tmp_path)
+    said = " ".join(lines[:3])
+    assert "GB" in said and "hours" in said and not any(line.split()[0].endswith(".py") for line in lines[:3])
+
+
+def test_anything_else_is_refused_with_one_line():
+    lines, error, status = commands_of("papers")
+    assert (lines, status) == ([], 2) and "say bundled or paper" in error and error.count("\n") == 1
+
+
+def test_flags_of_ray_reach_the_evaluations_alone(tmp_path):
+    for words in (["--ray", "--max_workers", "2"], ["bundled", "--ray", "--max_workers", "2"]):
+        lines, _, status = commands_of(*words, DATA=tmp_path)
+        spread = [line for line in lines if line.endswith(" --ray --max_workers 2")]
+        assert status == 0 and spread == [line for line in lines if line.split()[0].startswith("eval_")]
