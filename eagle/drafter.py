@@ -18,9 +18,8 @@ from specextend.trees.acceptance import Accepted
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    from specextend.drafting.fused import FusedDraft
-    from specextend.kernels.tree import TreeBuffers
-    from specextend.modeling.fused_target import Workspaces
+    from specextend.drafting.captured import CapturedDraft
+    from specextend.modeling.llama_blocks import Workspaces
 
 
 class EagleDrafter(TreeDrafter):
@@ -54,15 +53,15 @@ class EagleDrafter(TreeDrafter):
 
         return is_block_supported(self.head.layers[0])
 
-    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
-        from eagle.fused import FusedEagleDraft
+    def captured(self, workspaces: Workspaces) -> CapturedDraft:
+        from eagle.captured import EagleDraft
+        from specextend.kernels.tree import TreeBuffers
 
-        return FusedEagleDraft(self, tree, workspaces)
-
-    @property
-    def root_state(self) -> Tensor:
-        """State [1, H] of the root's pair, after the prefill."""
-        return self._states
+        tree = TreeBuffers(self._tree, self.candidates, workspaces.device)
+        return EagleDraft(
+            self.head, lambda: self._states, self.cache, tree, workspaces, self._tree.max_depth, dense=self._dense,
+            scratch=self._slots.draft,
+        )  # fmt: skip
 
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         """The prompt's pairs need keys and values only: nothing reads the block's output for them."""

@@ -101,6 +101,23 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class RoundSlots:
+    """Cache slots that a round may need.
+
+    Args:
+        verify: nodes the target verifies at once, the root included.
+        path: most tokens a round can emit, the bonus token included.
+        draft: scratch slots behind the context while a tree grows.
+        working: tokens the working cache must hold; None for a full cache.
+    """
+
+    verify: int
+    path: int
+    draft: int
+    working: int | None
+
+
+@dataclass(frozen=True)
 class SpecExtendConfig:
     """The three parts of SpecExtend, each with its own switch.
 
@@ -111,7 +128,7 @@ class SpecExtendConfig:
         prefill_block: tokens per prefill block with flash_prefill; bounds the activations held at once. 0 leaves it to
             the device.
         draft_window: sliding window of the draft's flash prefill in tokens; 0 is full causal attention.
-        draft: who proposes: the loaded draft "model"; "self", the target over a part of its own cache; "hierarchy",
+        drafting: who proposes: the loaded draft "model"; "self", the target over a part of its own cache; "hierarchy",
             the model for the target's self and that for the target; "lookup", n-grams of the context; "none" for
             autoregressive decoding, "hugging_face" for transformers' own. All but "model" draft chains of
             `tree.max_depth` tokens at most.
@@ -122,7 +139,7 @@ class SpecExtendConfig:
     draft_cache: DraftCacheKind = "full"
     prefill_block: int = 0
     draft_window: int = 512
-    draft: DraftKind = "model"
+    drafting: DraftKind = "model"
     tree: TreeConfig = field(default_factory=TreeConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
@@ -131,11 +148,25 @@ class SpecExtendConfig:
             self.draft_cache in DRAFT_CACHES,
             f"draft_cache is {self.draft_cache!r}; choose one of {', '.join(DRAFT_CACHES)}",
         )
-        _require(self.draft in DRAFTS, f"draft is {self.draft!r}; choose one of {', '.join(DRAFTS)}")
-        cached = self.draft not in ("self", "hierarchy") or self.draft_cache != "full"
-        _require(cached, f"draft is {self.draft!r} with a full cache: the target itself; choose streaming or retrieval")
+        _require(self.drafting in DRAFTS, f"drafting is {self.drafting!r}; choose one of {', '.join(DRAFTS)}")
+        is_part = self.drafting not in ("self", "hierarchy") or self.draft_cache != "full"
+        _require(
+            is_part,
+            f"drafting is {self.drafting!r} with a full cache, the target itself; choose streaming or retrieval",
+        )
         _require(self.prefill_block >= 0, f"prefill_block is {self.prefill_block}; it must be 0 (auto) or more tokens")
         _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
+
+    @property
+    def slots(self) -> RoundSlots:
+        """Cache slots that a round under this setting may need."""
+        tree, retrieval = self.tree, self.retrieval
+        if self.drafting in ("none", "hugging_face"):
+            return RoundSlots(1, 1, 0, None)
+        path = tree.max_depth + 1
+        working = retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * path
+        verify = tree.nodes + 1 if self.drafting == "model" else path
+        return RoundSlots(verify, path, tree.nodes * tree.max_depth, None if self.draft_cache == "full" else working)
 
     @classmethod
     def standard(cls, **settings) -> SpecExtendConfig:

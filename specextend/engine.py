@@ -10,6 +10,7 @@ import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,17 +18,21 @@ from transformers import LogitsProcessor
 
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, override, prefill_block
 from specextend.data.templates import Message, encode_chat, encode_prompt
-from specextend.decoding.hugging_face import hugging_face, plain_twin
-from specextend.decoding.loop import autoregressive, speculative
+from specextend.decoding.eager import EagerBackend
+from specextend.decoding.hugging_face import HuggingFace
+from specextend.decoding.loop import decode
+from specextend.decoding.observer import Observer
 from specextend.decoding.output import Generation, Output, Round
-from specextend.decoding.processors import ProcessedTarget
-from specextend.decoding.sampling import chooser, greedy
-from specextend.decoding.text import TextStream
-from specextend.drafting.drafter import Drafter, TreeDrafter
+from specextend.decoding.processors import ProcessedChooser
+from specextend.decoding.sampling import chooser
+from specextend.decoding.text import TextStream, TokenDecoder
+from specextend.drafting.drafter import Drafter
 from specextend.drafting.prompt_lookup import PromptLookup
 from specextend.drafting.retrieval import retriever
 from specextend.drafting.self_speculation import HierarchicalDrafter, SelfDrafter, SparseTarget
+from specextend.drafting.small_lm import ClassicDrafter
 from specextend.errors import CapacityError, ConfigError, InputError, ModelError
+from specextend.methods import name_of
 from specextend.modeling.attention import attention
 from specextend.modeling.cache import KVCache
 from specextend.modeling.features import FeatureTap
@@ -37,10 +42,10 @@ from specextend.modeling.target import Target
 from specextend.models.loading import LoadedModels, load_models
 
 GREEDY = SamplingConfig()
-MAX_SLOTS = 128  # of a tree whose verification is captured
-Observer = Callable[[Output, Round | None], None]
+MAX_SLOTS = 128  # of a tree whose verification is captured, the root included
+OnRound = Callable[[Output, Round | None], None]
 Prompt = str | Tensor | Sequence[int]
-Loop = Callable[[SamplingConfig, Tensor, Output], Iterator[Round | None]]
+Decode = Callable[[Output], Iterator[Round | None]]
 
 
 class SpecExtend:
@@ -62,14 +67,16 @@ class SpecExtend:
         self.config = config or default_config(models)
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
-        self._drafter = _build_drafter(models, self.config, self._cache)
-        captures = not eager and can_capture(models)
-        tap = self._drafter and self._drafter.tap
-        self._target = _build_target(models, self.config, self._cache, tap, fused=captures)
-        flash = SpecExtendConfig.specextend(prefill_block=self.config.prefill_block)
-        self._baseline = _build_target(models, flash, self._cache, fused=captures)
-        self._retriever = retriever(self.config.draft_cache, self.config.retrieval)
-        self._speculative, self._autoregressive = self._loops(captures)
+        drafter = _build_drafter(models, self.config, self._cache)
+        self.why_eager = "it was asked for" if eager else why_not_captured(models, self.config, drafter)
+        alone = SpecExtendConfig.specextend(
+            drafting="none", draft_cache="full", prefill_block=self.config.prefill_block
+        )
+        self._autoregressive = self._decoding(alone, Drafter())
+        if self.config.drafting == "hugging_face":
+            self._speculative: Decode | None = HuggingFace(models.target).decode
+        else:
+            self._speculative = self._decoding(self.config, drafter) if drafter else None
 
     @classmethod
     def from_pretrained(
@@ -112,8 +119,7 @@ class SpecExtend:
             return
         lock, device = self._models.lock, self._models.device
         with nullcontext() if lock.is_mine() else lock():  # a stream left open in this thread ends here
-            self._models = self._cache = self._drafter = self._target = self._baseline = None
-            self._speculative = self._autoregressive = None
+            self._models = self._cache = self._speculative = self._autoregressive = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -124,6 +130,11 @@ class SpecExtend:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def backend(self) -> str:
+        """Who computes the steps of a round: "graphs" (captured CUDA graphs) or "eager" (plain PyTorch)."""
+        return "eager" if self.why_eager else "graphs"
 
     @property
     def models(self) -> LoadedModels:
@@ -171,7 +182,8 @@ class SpecExtend:
         stop: Sequence[str] = (),
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
-        on_round: Observer | None = None,
+        on_round: OnRound | None = None,
+        observer: Observer | None = None,
     ) -> Generation:
         """Continue `prompt` (text, or token ids [N]) by speculative decoding.
 
@@ -180,10 +192,12 @@ class SpecExtend:
             until: asked after every token, with all new ones, whether to end there.
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
+            observer: told of every step; costs time.
         """
         with self.models.lock():
-            loop, output = self._speculate(prompt, max_new_tokens, sampling, stop, processors, until)
-            return self._finish(loop, output, on_round)
+            output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
+            output.observer = observer
+            return self._finish(self._speculate(output), output, on_round)
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
         """Answer a conversation, [{"role": "user", "content": "..."}, ...]; options as for `generate`."""
@@ -196,12 +210,14 @@ class SpecExtend:
         *,
         sampling: SamplingConfig = GREEDY,
         stop: Sequence[str] = (),
-        on_round: Observer | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        until: Callable[[list[int]], bool] | None = None,
+        on_round: OnRound | None = None,
     ) -> Generation:
-        """Continue `prompt` by the target alone: our fastest such loop, whatever the setting; the baseline."""
+        """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline."""
         with self.models.lock():
-            ids, output = self._begin(prompt, max_new_tokens, stop, 1)
-            return self._finish(self._autoregressive(sampling, ids, output), output, on_round)
+            output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until, depth=0)
+            return self._finish(self._autoregressive(output), output, on_round)
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation.
@@ -209,9 +225,9 @@ class SpecExtend:
         Between the first piece and its end no other generation of these models begins.
         """
         with self.models.lock():
-            loop, output = self._speculate(prompt, max_new_tokens, sampling, stop)
-            text = TextStream(output.decode, stop)
-            for _ in loop:
+            output = self._begin(prompt, max_new_tokens, sampling, stop)
+            text = TextStream(output.decode, output.stop)
+            for _ in self._speculate(output):
                 yield text.push(output.token_ids, last=output.finished)
                 self._require_open()
 
@@ -219,71 +235,34 @@ class SpecExtend:
         if self._models is None:
             raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
 
-    def _speculate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int,
-        sampling: SamplingConfig,
-        stop: Sequence[str],
-        processors: Sequence[LogitsProcessor] = (),
-        until: Callable[[list[int]], bool] | None = None,
-    ) -> tuple[Iterator[Round | None], Output]:
+    def _speculate(self, output: Output) -> Iterator[Round | None]:
         if self._speculative is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
-        ids, output = self._begin(prompt, max_new_tokens, stop, self.config.tree.nodes + 1, until)
-        if processors:
-            return self._processed(ProcessedTarget(self._target, chooser(sampling), processors), ids, output), output
-        return self._speculative(sampling, ids, output), output
+        return self._speculative(output)
 
-    def _processed(self, target: ProcessedTarget, ids: Tensor, output: Output) -> Iterator[Round | None]:
-        """The plain loops: captured rounds know no processors."""
-        if self._drafter is None:
-            return autoregressive(target, greedy, ids, output)
-        return speculative(target, self._drafter, self._retriever, greedy, ids, output)
+    def _decoding(self, config: SpecExtendConfig, drafter: Drafter) -> Decode:
+        """The loop over the backend of a setting; all of its switches are resolved here."""
+        models, captured = self.models, not self.why_eager
+        target = _build_target(models, config, self._cache, drafter.tap, fused=captured)
+        parts = target, drafter, retriever(config.draft_cache, config.retrieval), config.slots
+        if not captured:
+            return partial(decode, EagerBackend(*parts))
+        from specextend.decoding.graphs import GraphBackend
 
-    def _loops(self, captures: bool) -> tuple[Loop | None, Loop]:
-        """How this engine decodes: by its method, None where the draft it needs was not loaded, and the baseline."""
-        decode, drafter = self._baseline_loop(captures), self._drafter
-        if self.config.draft == "none":
-            return decode, decode
-        if self.config.draft == "hugging_face":
-            if self.models.ranks > 1:
-                raise ConfigError("transformers' own loop has no cache for a sharded target; choose another --method")
-            twin = plain_twin(self.models.target)
-            return lambda sampling, ids, output: hugging_face(twin, chooser(sampling), ids, output), decode
-        if drafter is None:
-            return None, decode
-        tree = self.config.tree
-        fits = isinstance(drafter, TreeDrafter) and tree.nodes < MAX_SLOTS and self.config.hybrid_tree_attention
-        if captures and fits and drafter.can_capture:
-            from specextend.decoding.graphs import CapturedSpeculation
-
-            return CapturedSpeculation(self._target, drafter, self._retriever, tree), decode
-
-        def speculate(sampling, ids, output):
-            return speculative(self._target, drafter, self._retriever, chooser(sampling), ids, output)
-
-        return speculate, decode
-
-    def _baseline_loop(self, captures: bool) -> Loop:
-        if captures:
-            from specextend.decoding.graphs import CapturedDecoding
-
-            return CapturedDecoding(self._baseline)
-        return lambda sampling, ids, output: autoregressive(self._baseline, chooser(sampling), ids, output)
+        return partial(decode, GraphBackend(*parts, dense=not config.hybrid_tree_attention))
 
     def _begin(
-        self, prompt: Prompt, max_new_tokens: int, stop: Sequence[str], slots: int,
-        until: Callable[[list[int]], bool] | None = None,
-    ) -> tuple[Tensor, Output]:  # fmt: skip
+        self, prompt: Prompt, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str],
+        processors: Sequence[LogitsProcessor] = (), until: Callable[[list[int]], bool] | None = None,
+        depth: int | None = None,
+    ) -> Output:  # fmt: skip
         """Check the request against the models before anything runs."""
         if max_new_tokens < 1:
             raise ConfigError(f"max_gen_len is {max_new_tokens}; it must be at least 1")
-        if "" in stop:
-            raise ConfigError("a stop string is empty; give at least one character")
-        ids = self.encode(prompt) if isinstance(prompt, str) else torch.as_tensor(prompt, device=self.models.device)
-        if ids.ndim != 1 or not len(ids):
-            raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
+        stop = _checked_stop(stop)
+        if not isinstance(sampling, SamplingConfig):
+            raise ConfigError(f"sampling is {sampling!r}; give a SamplingConfig")
+        ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
         if self.max_prompt_tokens(max_new_tokens) < 1:
             raise CapacityError(
                 f"max_gen_len is {max_new_tokens}, but {self.models.name} holds {self.limit} positions, the prompt's "
@@ -297,20 +276,33 @@ class SpecExtend:
             )
         if self.models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.models.device)
-        tokenizer = self.models.tokenizer  # a result may outlive the engine: it holds on to no more than this
         output = Output(
-            prompt_tokens=len(ids),
+            prompt=ids,
             max_new_tokens=max_new_tokens,
-            extra_slots=max_new_tokens + slots,
             eos_token_ids=self.models.eos_token_ids,
-            stop=tuple(stop),
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-            synchronize=_synchronizer(self.models.device),
+            stop=stop,
+            decode=TokenDecoder(self.models.tokenizer),
             until=until,
+            choose=chooser(sampling, self.config.slots.path - 1 if depth is None else depth),
         )
-        return ids, output
+        if processors:
+            output.choose = ProcessedChooser(output.choose, processors, ids, output.ends_with)
+        return output
 
-    def _finish(self, loop: Iterator[Round | None], output: Output, on_round: Observer | None) -> Generation:
+    def _checked_ids(self, prompt: Tensor | Sequence[int]) -> Tensor:
+        """Token ids [N] on the device; InputError for anything that is not a row of ids which the target knows."""
+        ids = torch.as_tensor(prompt, device=self.models.device)
+        if ids.ndim != 1 or not len(ids):
+            raise InputError(f"a prompt is a non-empty row of token ids; given is one of shape {list(ids.shape)}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise InputError(f"a prompt is a row of integers; given is one of {ids.dtype}")
+        lowest, highest, known = int(ids.min()), int(ids.max()), self.models.target.config.vocab_size
+        if lowest < 0 or highest >= known:
+            wrong = lowest if lowest < 0 else highest
+            raise InputError(f"the prompt holds token id {wrong}; {self.models.name} knows 0 to {known - 1}")
+        return ids.long()
+
+    def _finish(self, loop: Iterator[Round | None], output: Output, on_round: OnRound | None) -> Generation:
         for round_ in loop:
             if on_round is not None:
                 on_round(output, round_)
@@ -318,13 +310,31 @@ class SpecExtend:
         return output.result(torch.cuda.max_memory_allocated(self.models.device) if cuda else None)
 
 
-def can_capture(models: LoadedModels) -> bool:
-    """Whether rounds can be captured as CUDA graphs: on one GPU with Triton, for targets the kernels compute."""
-    if models.device.type != "cuda" or models.ranks > 1 or importlib.util.find_spec("triton") is None:
-        return False
+def why_not_captured(models: LoadedModels, config: SpecExtendConfig, drafter: Drafter | None) -> str | None:
+    """Why rounds cannot be captured as CUDA graphs, None where they can."""
+    if models.device.type != "cuda":
+        return f"{models.device.type} has no CUDA graphs"
+    if models.ranks > 1:
+        return "the target is shared by several processes"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     from specextend.modeling.llama_blocks import is_supported
 
-    return is_supported(models.target)
+    if not is_supported(models.target):
+        return f"the kernels do not compute what {models.name} computes"
+    if config.drafting == "hugging_face":
+        return "transformers' own loop is not captured"
+    if config.slots.verify > MAX_SLOTS:
+        return f"trees of more than {MAX_SLOTS} slots are not captured"
+    return None if drafter is None or drafter.can_capture else f"{name_of(config)}'s draft cannot be captured"
+
+
+def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(stop, str) or stop is None or not all(isinstance(one, str) for one in stop):
+        raise ConfigError(f"stop is {stop!r}; give a sequence of strings, as ['###']")
+    if "" in stop:
+        raise ConfigError("a stop string is empty; give at least one character")
+    return tuple(stop)
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
@@ -357,12 +367,17 @@ def _build_target(
 
 
 def _build_drafter(models: LoadedModels, config: SpecExtendConfig, cache: KVCache) -> Drafter | None:
-    """The drafter of `config.draft`; None where nobody drafts, or the model that should was not loaded."""
+    """The drafter of `config.drafting`; None where nobody drafts, or the model that should was not loaded."""
 
     def make(setting: SpecExtendConfig) -> Drafter:
-        return models.drafter(models.draft, setting, models.vocab_size)
+        drafter = models.drafter(models.draft, setting, models.vocab_size)
+        if isinstance(drafter, ClassicDrafter):
+            drafter.clamp_ids(models.target.config.vocab_size)
+        return drafter
 
-    match config.draft:
+    match config.drafting:
+        case "none":
+            return Drafter()
         case "lookup":
             return PromptLookup(config.tree.max_depth)
         case "self":
@@ -373,7 +388,3 @@ def _build_drafter(models: LoadedModels, config: SpecExtendConfig, cache: KVCach
             small = make(HierarchicalDrafter.config_of_small(config))
             return HierarchicalDrafter(small, SparseTarget(models.target, cache, config), config)
     return None
-
-
-def _synchronizer(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

@@ -1,7 +1,7 @@
-"""Decoding by captured CUDA graphs: the loops of `generate.py`, with the device left alone within a round.
+"""The steps of a round as captured CUDA graphs over Triton kernels, without host synchronisation within a round.
 
-Every step of a round (refresh, draft, verify, accept) is captured once and replayed at every length; the host reads one
-small tensor per round. Prefill, of which there is one per prompt, stays with `Target` and the drafter.
+Every step is captured once and replayed at every length; the host reads one small tensor per round. What is computed
+is the eager backend's; the prefill, of which there is one per prompt, is the same.
 """
 
 from __future__ import annotations
@@ -9,211 +9,216 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from specextend.config import SamplingConfig, TreeConfig
-from specextend.decoding.fused import FusedDecoder, FusedRound
-from specextend.decoding.loop import ROOT
-from specextend.decoding.output import Output, Round
-from specextend.decoding.sampling import Sampler, chooser, filtered
-from specextend.drafting.drafter import TreeDrafter
-from specextend.drafting.retrieval import Retriever
-from specextend.kernels.tree import TreeBuffers
-from specextend.modeling.fused_target import FusedTarget, Workspaces
+from specextend.config import RoundSlots
+from specextend.decoding.backend import Reservation
+from specextend.decoding.clock import StageClock
+from specextend.decoding.output import Output
+from specextend.drafting.captured import CapturedDraft, span_for
+from specextend.drafting.drafter import Drafter
+from specextend.drafting.retrieval import Retriever, select_positions
+from specextend.kernels.tree import TreeNodes
+from specextend.modeling.fused_target import FusedTarget
+from specextend.modeling.llama_blocks import Workspaces
 from specextend.modeling.target import Target
+from specextend.trees.tree import DraftTree
+
+Step = Callable[[], None]
 
 
-class Captured:
-    """A step without host decisions: run as it is the first time, captured the second, replayed ever after."""
-
-    def __init__(self, step: Callable[[], None], pool: object | None):
-        self._step, self._pool = step, pool
-        self._run = self._first
-
-    def __call__(self) -> None:
-        self._run()
-
-    def _first(self) -> None:
-        self._step()
-        if self._pool is not None:  # without one there is no GPU to capture on
-            self._run = self._second
-
-    def _second(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._step()
-        graph.replay()
-        self._run = graph.replay
-
-
-class Stages:
-    """Times the stages of one round by marks in the device's queue; the host does not wait for them."""
-
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, object, object]] = []
-        self._began = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._mark()
-        yield
-        self._marks.append((name, start, self._mark()))
-
-    def seconds(self) -> dict[str, float]:
-        """By stage, after the device has finished; "host" is what no stage accounts for."""
-        passed = time.perf_counter() - self._began
-        seconds = {name: self._between(start, end) for name, start, end in self._marks}
-        return seconds | {"host": max(0.0, passed - sum(seconds.values()))}
-
-    def _mark(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start, end) -> float:
-        return start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
-
-
-class StaticChooser:
-    """`verify.chooser` for rounds of fixed shape: the noise of the next positions lies in a buffer.
+class GraphBackend:
+    """A target, a drafter and a retriever whose rounds are captured lazily, for prompt after prompt.
 
     Args:
-        steps: output positions a round may choose for.
+        target, drafter: they read the prompt; their caches are what the captured steps go on with.
+        slots: cache slots that a round may need.
+        dense: attends by dense attention, the baseline of Hybrid Tree Attention.
     """
 
-    def __init__(self, sampling: SamplingConfig, steps: int, vocab_size: int, device: torch.device):
-        self._sampling = sampling
-        self._noise = torch.zeros(steps, vocab_size if sampling.temperature else 0, device=device)
-        self._sampler = Sampler(sampling)
+    name = "graphs"
 
-    def begin(self, seed: int) -> None:
-        """Start the noise of a new generation."""
-        self._sampler = Sampler(replace(self._sampling, seed=seed))
+    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots, *, dense: bool):
+        self.device = target.model.device
+        self._host_target, self._drafter, self._retriever = target, drafter, retriever
+        self._slots, self._dense = slots, dense
+        self._draft: CapturedDraft | None = None
+        self._graphs: dict[str, Step] = {}
 
-    def prepare(self, first: int) -> None:
-        """Lay out the noise for output positions from `first`; outside any graph."""
-        if self._sampling.temperature:
-            self._noise.copy_(self._sampler.noise(first, first + len(self._noise), self._noise))
+    # --- the steps of a round ---
 
-    def __call__(self, logits: Tensor, depth: Tensor) -> Tensor:
-        if not self._sampling.temperature:
-            return logits.argmax(-1)
-        return (filtered(logits, self._sampling) + self._noise[depth.long()]).argmax(-1)
+    def prefill(self, output: Output) -> Tensor:
+        self._output = output
+        self._reserved = Reservation(output, self._slots)
+        clock, extra = StageClock(self.device), self._reserved.extra_slots
+        logits = self._host_target.prefill(output.prompt, extra)
+        first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
+        clock.mark("target")
+        self._drafter.prefill(output.prompt, first, extra)
+        clock.mark("draft")
+        output.prefill_seconds = clock.stage_seconds()
+        with self._capturing():
+            stale = self._build() or not self._is_current
+            self._begin(first)
+            if self._limit_span() or stale:
+                self._capture()
+        return first
 
+    def refresh_is_due(self) -> bool:
+        return self._retriever.is_due(len(self._output.rounds), self._output.context)
 
-class CapturedSpeculation:
-    """`generate.speculative` for one target and one drafter, captured lazily, for prompt after prompt."""
+    def refresh(self) -> None:
+        self._run("refresh", self._refresh)
+        if self._output.observer:
+            positions, exist = self._kept
+            self._output.observer.refreshed(
+                len(self._output.rounds), positions[exist].clone(), int(self._draft.context()[0])
+            )
 
-    def __init__(self, target: Target, drafter: TreeDrafter, retriever: Retriever, config: TreeConfig):
-        self._target, self._drafter, self._retriever, self._config = target, drafter, retriever, config
-        self.round: FusedRound | None = None
-        self.steps: dict[object, Captured] = {}
-        self._choosers: dict[SamplingConfig, StaticChooser] = {}
+    def draft(self) -> None:
+        if self._reserved.is_short(self._output.context):
+            self._grow()
+        self._draft.draft(self._run)
+        if self._output.observer:
+            self._output.observer.drafted(tree_of(self._draft.nodes))
 
-    @torch.inference_mode()
-    def __call__(self, sampling: SamplingConfig, prompt: Tensor, output: Output) -> Iterator[Round | None]:
-        """Extend `prompt` [N] with exactly the tokens the target alone would produce."""
-        first = _prefill(self._target, sampling, prompt, output)
-        with output.prefill_stage("draft"):
-            self._drafter.prefill(prompt, first, output.extra_slots)
-        output.begin(first)
-        yield None
+    def verify(self) -> None:
+        self._run("verify", self._verify)
+        # outside of the graph: one graph serves all temperatures, and processors may look at the host
+        self._chosen.copy_(self._output.choose(self._logits, self._draft.nodes, self._output.new_tokens))
+        if self._output.observer:
+            nodes = self._draft.nodes
+            self._output.observer.verified(tree_of(nodes), self._logits[nodes.used.bool()].clone())
 
-        one, choose = self._ready(prompt.device), self._chooser(sampling, prompt.device)
-        one.begin(first)
-        while not output.finished:
-            stages = Stages(prompt.device)
-            if self._retriever.is_due(len(output.rounds), output.context):
-                with stages("retrieve"):
-                    self._step("refresh", lambda: one.refresh(self._retriever))
-            with stages("draft"):
-                self._step("draft", one.draft)
-            choose.prepare(output.new_tokens)
-            with stages("verify"):
-                self._step(("verify", choose), lambda: one.verify(choose))
-            with stages("accept"):
-                self._step("accept", one.accept)
-            drafted, tokens = one.read()
-            yield output.append(drafted, tokens, stages.seconds())
+    def accept(self) -> None:
+        self._run("accept", self._accept)
+        if self._output.observer:
+            nodes = self._draft.nodes
+            places = torch.cumsum(nodes.used.long(), 0) - 1
+            self._output.observer.accepted(places[nodes.path[: int(nodes.count)]])
 
-    def _ready(self, device: torch.device) -> FusedRound:
-        """The round over the caches as they are now."""
-        if self.round is None or not self.round.is_current:
-            workspaces = Workspaces(device)
-            tree = TreeBuffers(self._config, self._drafter.candidates, device)
-            fused_target = FusedTarget(self._target, workspaces, tree.slots, self._drafter.tap)
-            draft = self._drafter.fused(tree, workspaces)
-            self.round = FusedRound(fused_target, draft, tree, self._config.max_depth)
-            self.steps, self._pool = {}, _pool(device)
-        return self.round
+    def read(self) -> tuple[int, list[int]]:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        drafted, count, *emitted = self._report.tolist()
+        return drafted, emitted[:count]
 
-    def _step(self, name: object, step: Callable[[], None]) -> None:
-        if name not in self.steps:
-            self.steps[name] = Captured(step, self._pool)
-        self.steps[name]()
+    # --- what they capture ---
 
-    def _chooser(self, sampling: SamplingConfig, device: torch.device) -> StaticChooser:
-        rule = replace(sampling, seed=0)
-        if rule not in self._choosers:
-            steps = self._config.max_depth + 1
-            self._choosers[rule] = StaticChooser(rule, steps, self._target.model.config.vocab_size, device)
-        self._choosers[rule].begin(sampling.seed)
-        return self._choosers[rule]
+    def _refresh(self) -> None:
+        row = self._target.attention_row(self._draft.nodes.newest) if self._retriever.reads_attention else None
+        self._kept = select_positions(row, *self._draft.context(), self._retriever.config)
+        self._draft.refresh(*self._kept)
 
+    def _verify(self) -> None:
+        self._logits = self._target.verify(self._draft.nodes)
 
-class CapturedDecoding:
-    """`generate.autoregressive`, captured: the baseline gets what the method gets."""
+    def _accept(self) -> None:
+        nodes, cache = self._draft.nodes, self._target.cache
+        nodes.accept(self._chosen, cache.length)
+        nodes.compact(cache.keys, cache.values)
+        self._draft.follow(self._target)
+        self._report.copy_(nodes.report, non_blocking=True)
 
-    def __init__(self, target: Target):
-        self._target = target
-        self.decoder: FusedDecoder | None = None
-        self.steps: dict[SamplingConfig, tuple[StaticChooser, Captured]] = {}
+    # --- building and capturing them ---
 
-    @torch.inference_mode()
-    def __call__(self, sampling: SamplingConfig, prompt: Tensor, output: Output) -> Iterator[Round | None]:
-        """Extend `prompt` [N] one token at a time."""
-        first = _prefill(self._target, sampling, prompt, output)
-        output.begin(first)
-        yield None
+    def _build(self) -> bool:
+        """Make the captured parts, once the prefill has given the caches their buffers."""
+        if self._draft is not None:
+            return False
+        workspaces = Workspaces(self.device)
+        self._draft = self._drafter.captured(workspaces)
+        slots = self._draft.nodes.slots
+        self._target = FusedTarget(
+            self._host_target.model, self._host_target.cache, workspaces, slots, self._drafter.tap
+        )
+        self._chosen = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        report, cuda = self._draft.nodes.report, self.device.type == "cuda"
+        self._report = torch.zeros(len(report), dtype=report.dtype, pin_memory=cuda)  # where the host reads it
+        return True
 
-        decoder = self._ready(prompt.device)
-        choose, step = self._rule(sampling, prompt.device)
-        choose.begin(sampling.seed)
-        decoder.begin(first)
-        while not output.finished:
-            stages = Stages(prompt.device)
-            choose.prepare(output.new_tokens)
-            with stages("verify"):
+    def _begin(self, first: Tensor) -> None:
+        self._draft.require(self._reserved.tokens)
+        if not self._is_current:
+            self._rebind()
+        self._target.begin(self._host_target.last_queries())
+        self._draft.begin(first)
+
+    @property
+    def _is_current(self) -> bool:
+        return self._target.cache.is_current and self._draft.is_current
+
+    def _rebind(self) -> None:
+        self._graphs = {}  # before the buffers they point at
+        self._target.rebind()
+        self._draft.rebind()
+
+    def _limit_span(self) -> bool:
+        if not self._dense:
+            return False
+        before = self._target.span
+        self._target.span = min(self._target.cache.capacity, span_for(self._reserved.tokens + self._slots.verify))
+        return self._draft.limit_span(self._reserved.tokens) or self._target.span != before
+
+    def _grow(self) -> None:
+        """More room in every cache; what the device knows of their contents stays."""
+        with self._capturing():
+            for cache in (self._target.cache, *self._draft.caches):
+                cache.tell_host()
+            self._reserved.grow(self._output.context)
+            self._host_target.cache.require(self._reserved.tokens + self._slots.verify)
+            self._drafter.require(self._reserved.tokens + self._slots.verify)
+            self._draft.require(self._reserved.tokens)
+            self._rebind()
+            self._limit_span()
+            self._capture()
+
+    def _capture(self) -> None:
+        """Run every step once, so that all kernels are there, then capture it; the caches' contents stay."""
+        self._graphs = {}
+        if self.device.type != "cuda":
+            return
+        state = [*self._draft.state, self._target.cache.length]
+        saved = [value.clone() for value in state]
+        pool = torch.cuda.graph_pool_handle()  # the steps run one after the other and share their memory
+
+        def run(name: str, step: Step) -> None:
+            step()
+
+        def capture(name: str, step: Step) -> None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
                 step()
-            token = decoder.read()
-            yield output.append(0, [token], stages.seconds())
+            self._graphs[name] = graph.replay
 
-    def _ready(self, device: torch.device) -> FusedDecoder:
-        if self.decoder is None or not self.decoder.is_current:
-            self.decoder = FusedDecoder(FusedTarget(self._target, Workspaces(device), 1))
-            self.steps, self._pool = {}, _pool(device)
-        return self.decoder
+        for handle in (run, capture):
+            if self._retriever.is_due(0, 0):
+                handle("refresh", self._refresh)
+            self._draft.draft(handle, every_level=True)
+            handle("verify", self._verify)
+            handle("accept", self._accept)
+            for value, old in zip(state, saved, strict=True):
+                value.copy_(old)
 
-    def _rule(self, sampling: SamplingConfig, device: torch.device) -> tuple[StaticChooser, Captured]:
-        rule = replace(sampling, seed=0)
-        if rule not in self.steps:
-            choose = StaticChooser(rule, 1, self._target.model.config.vocab_size, device)
-            self.steps[rule] = choose, Captured(lambda: self.decoder.step(choose), self._pool)
-        return self.steps[rule]
+    def _run(self, name: str, step: Step) -> None:
+        """Replay a step; run it as it is where nothing is captured."""
+        self._graphs.get(name, step)()
+
+    @contextmanager
+    def _capturing(self) -> Iterator[None]:
+        """Seconds of what is inside count as the output's `capture_s`."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._output.capture_s += time.perf_counter() - began
 
 
-def _prefill(target: Target, sampling: SamplingConfig, prompt: Tensor, output: Output) -> Tensor:
-    """Run the target over the prompt; its first token []."""
-    with output.prefill_stage("target"):
-        return chooser(sampling)(target.prefill(prompt, output.extra_slots), 0, ROOT)[0]
-
-
-def _pool(device: torch.device) -> object | None:
-    """Memory that the graphs of one engine share: they run one after the other."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+def tree_of(nodes: TreeNodes) -> DraftTree:
+    """The nodes in use as a tree of their own, copied; the host waits."""
+    used = nodes.used.bool()
+    places = torch.cumsum(used.long(), 0) - 1
+    parents = nodes.parents.long()[used]
+    return DraftTree.from_parents(nodes.tokens[used], torch.where(parents >= 0, places[parents.clamp(min=0)], -1))

@@ -6,17 +6,36 @@ from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from specextend.decoding.text import TextStream
-
-if TYPE_CHECKING:
-    from specextend.decoding.output import Generation, Round
 
 _DRAFT = "color:#1a7f37;text-decoration:underline"  # green that reads on white and on black
 
 
-def to_html(generation: Generation) -> str:
+class Emitted(Protocol):
+    """What a round emitted: tokens, of which the first `accepted` were the draft's."""
+
+    tokens: list[int]
+    accepted: int
+
+
+class Shown(Protocol):
+    """What is shown of a generation, see `output.Generation`."""
+
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    rounds: list[Emitted]
+    decode: Callable[[list[int]], str]
+    new_tokens: int
+    accepted_per_round: float
+    ttft_s: float
+    decode_tokens_per_s: float
+
+
+def to_html(generation: Shown) -> str:
     """The text with its accepted draft tokens marked, and how it went."""
     spans = spans_by_origin(generation.token_ids, generation.rounds, generation.decode)
     marked = "".join(
@@ -36,7 +55,7 @@ def to_html(generation: Generation) -> str:
 
 
 def spans_by_origin(
-    token_ids: Sequence[int], rounds: Sequence[Round], decode: Callable[[list[int]], str]
+    token_ids: Sequence[int], rounds: Sequence[Emitted], decode: Callable[[list[int]], str]
 ) -> Iterator[tuple[str, bool]]:
     """The text in pieces, each with whether the draft wrote it; a character of several tokens goes to the last's.
 

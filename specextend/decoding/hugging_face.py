@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from specextend.decoding.output import Output, Round
-from specextend.decoding.sampling import Chooser
 from specextend.modeling.packed import PackedLinear
 from specextend.modeling.rope import DynamicRope
-
-_ROOT = torch.zeros(1, dtype=torch.long)
+from specextend.trees.tree import DraftTree
 
 
 def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -28,43 +26,56 @@ def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-@torch.inference_mode()
-def hugging_face(model: PreTrainedModel, choose: Chooser, prompt: Tensor, output: Output) -> Iterator[Round | None]:
-    """Extend `prompt` [N] by `model.generate`; its rounds are told at its end, since it yields nothing before."""
-    rotary = model.get_decoder().rotary_emb
-    if isinstance(rotary, DynamicRope):
-        rotary.prompt_length = len(prompt)
-    listener = _Listener(choose, output)
-    model.generate(
-        prompt[None],
-        attention_mask=torch.ones_like(prompt)[None],
-        max_new_tokens=output.max_new_tokens,
-        logits_processor=[listener],
-        stopping_criteria=[listener.is_done],
-    )
-    yield None
-    yield from output.rounds
+class HuggingFace:
+    """transformers' own `generate` in our harness; it decodes by a loop of its own and tells of it at its end."""
+
+    name = "eager"
+
+    def __init__(self, model: PreTrainedModel):
+        self._twin = plain_twin(model)
+
+    @torch.inference_mode()
+    def decode(self, output: Output) -> Iterator[Round | None]:
+        """Extend the prompt of `output` by `model.generate`."""
+        prompt, rotary = output.prompt, self._twin.get_decoder().rotary_emb
+        if isinstance(rotary, DynamicRope):
+            rotary.prompt_length = len(prompt)
+        listener = _Listener(output)
+        self._twin.generate(
+            prompt[None],
+            attention_mask=torch.ones_like(prompt)[None],
+            max_new_tokens=output.max_new_tokens,
+            logits_processor=[listener],
+            stopping_criteria=[_Done(output)],
+        )
+        yield None
+        yield from output.rounds
 
 
 class _Listener(LogitsProcessor):
-    """Chooses each token as our loops do, and notes it and its time as a round."""
+    """Chooses each token as our loop does, and notes it and its time as a round."""
 
-    def __init__(self, choose: Chooser, output: Output):
-        self._choose, self._output = choose, output
-        self._clock = ExitStack()
-        self._clock.enter_context(output.prefill_stage("target"))
-        self.is_done = _Done(output)
+    def __init__(self, output: Output):
+        self._output, self._root = output, DraftTree.root(output.prompt[-1])
+        self._began = self._now()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [1, V] that leave `generate` no other token."""
-        token = self._choose(scores, self._output.new_tokens, _ROOT)
-        self._clock.close()
-        if self._output.new_tokens:
-            self._output.append(0, [int(token)])
+        output = self._output
+        token = output.choose(scores, self._root, output.new_tokens)
+        seconds = self._now() - self._began
+        if output.new_tokens:
+            output.append(0, [int(token)], {"verify": seconds})
         else:
-            self._output.begin(token[0])
-        self._clock.enter_context(self._output.stage("verify"))
+            output.prefill_seconds = {"target": seconds}
+            output.begin(token[0])
+        self._began = self._now()
         return torch.full_like(scores, float("-inf")).scatter(1, token[None], 0.0)
+
+    def _now(self) -> float:
+        if self._output.prompt.is_cuda:
+            torch.cuda.synchronize(self._output.prompt.device)
+        return time.perf_counter()
 
 
 class _Done(StoppingCriteria):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from specextend.decoding.html import to_html
+from specextend.decoding.observer import Observer
+from specextend.decoding.sampling import Chooser, greedy
 
 
 @dataclass
@@ -20,8 +20,8 @@ class Round:
         tokens: what it emitted, cut at EOS, a stop string or max_new_tokens.
         drafted: draft tokens in the tree, 0 for autoregressive decoding.
         accepted: draft tokens among them; the bonus token is the last one, unless the output ended before it.
-        seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran; "host" is what a captured round
-            spends outside of them.
+        seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran; "host" is what none of
+            them accounts for.
     """
 
     tokens: list[int]
@@ -41,6 +41,7 @@ class Generation:
         rounds: one per round after the prefill, whose own token is in `token_ids` only.
         prefill_seconds: "target" and "draft".
         peak_bytes: most GPU memory allocated at once, None on a CPU.
+        capture_s: seconds spent on capturing graphs, 0 once they are there; in no other figure.
         decode: token ids -> text.
     """
 
@@ -51,6 +52,7 @@ class Generation:
     rounds: list[Round]
     prefill_seconds: dict[str, float]
     peak_bytes: int | None = None
+    capture_s: float = 0.0
     decode: Callable[[list[int]], str] = field(default=str, repr=False, compare=False)
 
     def _repr_html_(self) -> str:
@@ -107,31 +109,40 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 @dataclass
 class Output:
-    """Tokens as they come, where they end, and a clock for each stage.
+    """Tokens as they come, how each is chosen, and where they end.
 
     Args:
+        prompt: [N].
         max_new_tokens: most tokens ever kept, at least 1.
-        extra_slots: cache slots the run may need beyond the prompt.
         eos_token_ids: any of them ends the output and is its last token.
         stop: strings that end the output as soon as its text contains one.
         decode: token ids -> text.
-        synchronize: waits for the device, so that clocks read finished work.
         until: asked after every token, with all of them, whether the output ends here.
+        choose: the target's rule for the next token.
+        observer: told of every step.
+    Attributes:
+        prefill_seconds: "target" and "draft".
+        capture_s: seconds spent on capturing graphs and on buffers for them, in no other figure.
     """
 
-    prompt_tokens: int
+    prompt: Tensor
     max_new_tokens: int
-    extra_slots: int
     eos_token_ids: frozenset[int]
     stop: Sequence[str]
     decode: Callable[[list[int]], str]
-    synchronize: Callable[[], None]
     until: Callable[[list[int]], bool] | None = None
+    choose: Chooser = greedy
+    observer: Observer | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     rounds: list[Round] = field(default_factory=list)
     prefill_seconds: dict[str, float] = field(default_factory=dict)
-    _seconds: dict[str, float] = field(default_factory=dict)
+    capture_s: float = 0.0
+    _ahead: list[tuple[int, str | None]] = field(default_factory=list)  # tokens judged before they are appended
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt)
 
     @property
     def finished(self) -> bool:
@@ -146,34 +157,21 @@ class Output:
         """Prompt and output, the newest token, which no cache holds yet, left out."""
         return self.prompt_tokens + self.new_tokens - 1
 
-    def prefill_stage(self, name: str):
-        return self._clock(self.prefill_seconds, name)
-
-    def stage(self, name: str):
-        return self._clock(self._seconds, name)
-
-    @contextmanager
-    def _clock(self, seconds: dict[str, float], name: str) -> Iterator[None]:
-        self.synchronize()
-        start = time.perf_counter()
-        yield
-        self.synchronize()
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
     def begin(self, first: Tensor) -> None:
         """Take the prefill's token."""
         self._extend([int(first)])
 
-    def append(self, drafted: int, tokens: list[int], seconds: dict[str, float] | None = None) -> Round:
-        """Take a round's tokens, the bonus token last, as many as belong to the output.
-
-        Args:
-            seconds: per stage, where they were not taken by `stage`.
-        """
+    def append(self, drafted: int, tokens: list[int], seconds: dict[str, float]) -> Round:
+        """Take a round's tokens, the bonus token last, as many as belong to the output."""
         kept = self._extend(tokens)
-        self.rounds.append(Round(kept, drafted, min(len(tokens) - 1, len(kept)), seconds or self._seconds))
-        self._seconds = {}
+        self.rounds.append(Round(kept, drafted, min(len(tokens) - 1, len(kept)), seconds))
         return self.rounds[-1]
+
+    def ends_with(self, token: int) -> bool:
+        """Whether the output ends with `token` behind all that was appended or asked about so far."""
+        ids = [*self.token_ids, *(known for known, _ in self._ahead), token]
+        self._ahead.append((token, self._reason(ids)))
+        return self._ahead[-1][1] is not None
 
     def text(self) -> str:
         """The text so far, cut before the first stop string."""
@@ -191,6 +189,7 @@ class Output:
             self.rounds,
             self.prefill_seconds,
             peak_bytes,
+            self.capture_s,
             self.decode,
         )
 
@@ -199,20 +198,25 @@ class Output:
         start = len(self.token_ids)
         for token in tokens:
             self.token_ids.append(token)
-            self.finish_reason = self._reason(token)
+            if self._ahead:  # each token is judged once: whoever judges may remember
+                known, self.finish_reason = self._ahead.pop(0)
+                assert known == token, "a token was judged that did not come"
+            else:
+                self.finish_reason = self._reason(self.token_ids)
             if self.finish_reason:
                 break
         return self.token_ids[start:]
 
-    def _reason(self, token: int) -> str | None:
-        if token in self.eos_token_ids:
+    def _reason(self, ids: list[int]) -> str | None:
+        """Why an output of `ids` ends with its last token, None if it does not."""
+        if ids[-1] in self.eos_token_ids:
             return "eos"
-        if (self.stop and self._has_stop()) or (self.until is not None and self.until(self.token_ids)):
+        if (self.stop and self._has_stop(ids)) or (self.until is not None and self.until(ids)):
             return "stop"
-        return "length" if len(self.token_ids) == self.max_new_tokens else None
+        return "length" if len(ids) == self.max_new_tokens else None
 
-    def _has_stop(self) -> bool:
+    def _has_stop(self, ids: list[int]) -> bool:
         # a stop string of n characters is at most 4n bytes, hence spans at most 4n tokens
         window = 4 * max(map(len, self.stop)) + 4
-        tail = self.decode(self.token_ids[-window:])
+        tail = self.decode(ids[-window:])
         return any(stop in tail for stop in self.stop)

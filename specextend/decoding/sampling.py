@@ -1,4 +1,4 @@
-"""How the target chooses tokens, and which draft tokens that accepts (lossless verification).
+"""How the target chooses tokens (lossless verification).
 
 The target's choice at output position n is a function of its logits and of noise that belongs to n alone (none for
 greedy decoding). A draft token is accepted when it *is* that choice. So the output is token for token what the target
@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from specextend.config import SamplingConfig
+from specextend.trees.tree import Nodes
 
 
 class Chooser(Protocol):
-    """The target's rule for the next token."""
+    """The target's rule for the next token, for one generation."""
 
-    def __call__(self, logits: Tensor, first: int, depth: Tensor) -> Tensor:
-        """Tokens [T] for `logits` [T, V]; row i chooses output position `first + depth[i]`."""
-
-
-def chooser(sampling: SamplingConfig) -> Chooser:
-    """Greedy at temperature 0, else sampling with a fresh noise stream."""
-    return greedy if sampling.temperature == 0 else Sampler(sampling)
+    def __call__(self, logits: Tensor, tree: Nodes, first: int) -> Tensor:
+        """Tokens [T] for `logits` [T, V] after the nodes of `tree`; node i chooses position `first + depth[i]`."""
 
 
-def greedy(logits: Tensor, first: int, depth: Tensor) -> Tensor:
+def chooser(sampling: SamplingConfig, depth: int = 0) -> Chooser:
+    """Greedy at temperature 0, else sampling with a fresh noise stream.
+
+    Args:
+        depth: of the deepest tree that will be shown to it.
+    """
+    return greedy if sampling.temperature == 0 else Sampler(sampling, depth + 1)
+
+
+def greedy(logits: Tensor, tree: Nodes, first: int) -> Tensor:
     """The most probable token of each row; position plays no part."""
     return logits.argmax(-1)
 
@@ -36,18 +41,22 @@ def greedy(logits: Tensor, first: int, depth: Tensor) -> Tensor:
 class Sampler:
     """Samples by the Gumbel trick: argmax of log-probability plus the noise of the output position.
 
-    Lives for one generation: noise of positions behind `first` is dropped, that ahead is kept until it is used.
+    Lives for one generation: noise of positions behind `first` is dropped, that ahead is kept until it is used. It
+    waits for no value of the device, so that it follows a captured verification without a gap.
+
+    Args:
+        positions: output positions that one call may choose for.
     """
 
-    def __init__(self, sampling: SamplingConfig):
-        self._sampling = sampling
+    def __init__(self, sampling: SamplingConfig, positions: int):
+        self._sampling, self._positions = sampling, positions
         self._generator: torch.Generator | None = None
         self._rows: list[Tensor] = []  # noise [V] of positions self._first, self._first + 1, ...
         self._first = 0
 
-    def __call__(self, logits: Tensor, first: int, depth: Tensor) -> Tensor:
-        noise = self.noise(first, first + int(depth.max()) + 1, logits)
-        return (filtered(logits, self._sampling) + noise[depth]).argmax(-1)
+    def __call__(self, logits: Tensor, tree: Nodes, first: int) -> Tensor:
+        noise = self.noise(first, first + self._positions, logits)
+        return (filtered(logits, self._sampling) + noise[tree.depth.long()]).argmax(-1)
 
     def noise(self, first: int, end: int, like: Tensor) -> Tensor:
         """Gumbel noise [end - first, V], float32; row by row, so that it does not depend on who asks for how many."""

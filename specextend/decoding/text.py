@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenDecoder:
+    """Token ids -> text without special tokens; a result that may outlive the engine holds on to no more than this."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class TextStream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,56 @@ from specextend.trees.acceptance import Accepted
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    from specextend.drafting.fused import FusedDraft
-    from specextend.kernels.tree import TreeBuffers
-    from specextend.modeling.fused_target import Workspaces
+    from specextend.drafting.captured import CapturedDraft
+    from specextend.modeling.llama_blocks import Workspaces
 
 
-class Drafter(Protocol):
-    """What the decode loop asks of a draft.
+class Drafter:
+    """What the decode loop asks of a draft; this one proposes nothing (autoregressive decoding).
 
     Attributes:
         tap: what it reads of the target's hidden states, None for drafters that read none.
+        can_capture: whether its rounds can be captured (`captured.py`); asked only where there is Triton.
     """
 
-    tap: FeatureTap | None
+    tap: FeatureTap | None = None
+    can_capture = True
+
+    def __init__(self) -> None:
+        self._root = torch.empty(0, dtype=torch.long)
 
     @property
     def context(self) -> int:
         """Tokens in the draft's cache, those out of its working cache included."""
+        return 0
 
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         """Forget the last prompt, read `prompt` [N]; `first` [] is the target's token after it, the first root."""
+        self._root = first
 
     def propose(self) -> DraftTree:
         """A tree below the newest token."""
+        return DraftTree.root(self._root)
 
     def commit(self, accepted: Accepted) -> None:
         """Take notice of what the target accepted."""
+        self._root = accepted.bonus
 
     def refresh(self, positions: Tensor) -> None:
         """Make the tokens at `positions` [m] the working cache."""
+        raise AssertionError("this draft has no cache to refresh")
+
+    def require(self, tokens: int) -> None:
+        """Make room for a context of `tokens`, where a generation outgrows what was reserved for it."""
+
+    def captured(self, workspaces: Workspaces) -> CapturedDraft:
+        """This drafter for captured rounds, over the caches that `prefill` fills."""
+        from specextend.drafting.captured import CapturedDraft
+
+        return CapturedDraft.nothing(workspaces.device)
 
 
-class TreeDrafter:
+class TreeDrafter(Drafter):
     """What drafters with a cache of their own share: who attends to what, in the prompt and in the tree.
 
     Args:
@@ -58,15 +76,14 @@ class TreeDrafter:
         config: its switches are resolved here.
     """
 
-    tap: FeatureTap | None = None
-
     def __init__(
         self, shape: PreTrainedConfig, rotary: nn.Module, dtype: torch.dtype, device: torch.device,
         config: SpecExtendConfig,
     ):  # fmt: skip
         rope = Rope(rotary, dtype, device)
-        self.cache = DraftCache(shape, rope, dtype, device, working_capacity=_working_capacity(config))
-        self._tree = config.tree
+        self.cache = DraftCache(shape, rope, dtype, device, working_capacity=config.slots.working)
+        self._tree, self._slots = config.tree, config.slots
+        self._dense = not config.hybrid_tree_attention
         self._prefill_attention = attention(hybrid=config.flash_prefill)
         self._tree_attention = attention(hybrid=config.hybrid_tree_attention)
         self._window = (config.draft_window or None) if config.flash_prefill else None
@@ -83,20 +100,14 @@ class TreeDrafter:
         """How many tokens it chooses among."""
         raise NotImplementedError
 
-    @property
-    def can_capture(self) -> bool:
-        """Whether its rounds can be captured, see `fused`; needs Triton."""
-        raise NotImplementedError
-
-    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
-        """This drafter for captured rounds, over the caches that `prefill` fills."""
-        raise NotImplementedError
-
     def refresh(self, positions: Tensor) -> None:
         self.cache.refresh(positions)
 
+    def require(self, tokens: int) -> None:
+        self.cache.require(tokens, self._slots.draft)
+
     def _reset(self, prompt_tokens: int, extra_slots: int) -> None:
-        self.cache.reset(prompt_tokens + extra_slots, self._tree.nodes * self._tree.max_depth)
+        self.cache.reset(prompt_tokens + extra_slots, self._slots.draft)
 
     def _attend_level(self, level: Level) -> Attend:
         """The nodes of `level`, each behind the committed tokens and its own ancestors."""
@@ -121,12 +132,3 @@ class TreeDrafter:
         if self._window:
             return band_attention(query, keys, values, scaling, self._window)[0]
         return self._prefill_attention(query, keys, values, scaling, query.shape[2], None)[0]
-
-
-def _working_capacity(config: SpecExtendConfig) -> int | None:
-    """Tokens the working cache must hold: what is retrieved and what comes until the next refresh."""
-    if config.draft_cache == "full":
-        return None
-    retrieval = config.retrieval
-    # between two refreshes it grows by at most a full path and a bonus token per round
-    return retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)

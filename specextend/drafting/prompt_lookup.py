@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from specextend.modeling.features import FeatureTap
+from specextend.drafting.drafter import Drafter
+from specextend.drafting.ngrams import continuation
 from specextend.trees.acceptance import Accepted
 from specextend.trees.tree import DraftTree
 
-LONGEST_NGRAM = 3
+if TYPE_CHECKING:
+    from specextend.drafting.captured import CapturedDraft
+    from specextend.modeling.llama_blocks import Workspaces
 
 
-class PromptLookup:
+class PromptLookup(Drafter):
     """Proposes what followed the newest tokens where they last stood in the context.
 
     Args:
         length: draft tokens at most.
     """
-
-    tap: FeatureTap | None = None
 
     def __init__(self, length: int):
         self._length = length
@@ -33,21 +36,14 @@ class PromptLookup:
         self._context = torch.cat((prompt, first.reshape(1)))
 
     def propose(self) -> DraftTree:
-        return DraftTree.chain(torch.cat((self._context[-1:], continuation(self._context, self._length))))
+        length = torch.tensor(len(self._context), device=self._context.device)
+        tokens, exist = continuation(self._context, length, self._length)
+        return DraftTree.chain(torch.cat((self._context[-1:], tokens[exist])))
 
     def commit(self, accepted: Accepted) -> None:
         self._context = torch.cat((self._context, accepted.tokens, accepted.bonus.reshape(1)))
 
-    def refresh(self, positions: Tensor) -> None:
-        raise AssertionError("prompt lookup has no cache to refresh")
+    def captured(self, workspaces: Workspaces) -> CapturedDraft:
+        from specextend.drafting.captured import LookupDraft
 
-
-def continuation(context: Tensor, length: int) -> Tensor:
-    """Up to `length` tokens after the latest earlier place of `context` [N]'s last 3, 2 or 1 tokens; empty if none."""
-    for size in range(min(LONGEST_NGRAM, len(context) - 1), 0, -1):
-        ngrams = context[:-1].unfold(0, size, 1)
-        places = (ngrams == context[-size:]).all(-1).nonzero()
-        if len(places):
-            after = int(places[-1]) + size
-            return context[after : after + length]
-    return context[:0]
+        return LookupDraft(self._length, lambda: self._context, workspaces.device)

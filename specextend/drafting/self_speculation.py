@@ -8,21 +8,25 @@ gathered token keeps its position in the context.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specextend.config import SpecExtendConfig
-from specextend.drafting.drafter import TreeDrafter
+from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.retrieval import StreamingWindow
 from specextend.errors import ConfigError
 from specextend.modeling.attention import attention
 from specextend.modeling.cache import KVCache
-from specextend.modeling.features import FeatureTap
 from specextend.modeling.target import Target
 from specextend.trees.acceptance import Accepted, accept
 from specextend.trees.tree import DraftTree
+
+if TYPE_CHECKING:
+    from specextend.drafting.captured import CapturedDraft
+    from specextend.modeling.llama_blocks import Workspaces
 
 
 class SparseTarget(Target):
@@ -36,19 +40,17 @@ class SparseTarget(Target):
         hybrid = attention(hybrid=config.hybrid_tree_attention)
         super().__init__(model, KVCache(model.config, model.dtype, model.device), hybrid, hybrid, None)
         self.full = full
-        retrieval, tree = config.retrieval, config.tree
-        # what is chosen, a full chain and a bonus token per round until the next choice, and drafts on the way
-        rounds = retrieval.every_n_steps + 3
-        self._capacity = retrieval.top_k * retrieval.chunk_size + rounds * (tree.max_depth + 1) + tree.nodes
+        slots = config.slots  # beside those of a draft: a chain under verification, and what a smaller draft proposes
+        self._capacity = slots.working + 2 * slots.path + config.tree.nodes
         self._left_out = 0
 
     @property
     def position(self) -> int:
         return self.cache.length + self._left_out
 
-    def begin(self, extra_slots: int = 0) -> None:
+    def begin(self) -> None:
         """Forget the last prompt; `choose` comes before anything is drafted."""
-        self.cache.reset(self._capacity + extra_slots)
+        self.cache.reset(self._capacity)
 
     def choose(self, positions: Tensor) -> None:
         """Attend to the tokens at `positions` [m] of the context, and to those that follow."""
@@ -61,14 +63,12 @@ class SparseTarget(Target):
         self.cache.extend(*self.full.gather(slice(self.full.length - tokens, self.full.length)))
 
 
-class SelfDrafter:
+class SelfDrafter(Drafter):
     """The target over a part of its cache, greedy, as a draft of chains.
 
     Args:
         length: draft tokens per chain.
     """
-
-    tap: FeatureTap | None = None
 
     def __init__(self, sparse: SparseTarget, length: int):
         self._sparse, self._length = sparse, length
@@ -97,6 +97,12 @@ class SelfDrafter:
     def refresh(self, positions: Tensor) -> None:
         self._sparse.choose(positions)
 
+    def captured(self, workspaces: Workspaces) -> CapturedDraft:
+        from specextend.drafting.captured import SelfDraft
+
+        sparse = self._sparse
+        return SelfDraft(sparse.model, sparse.full, sparse.cache, workspaces, self._length)
+
 
 class HierarchicalDrafter(SelfDrafter):
     """A small draft over sink and window proposes for the sparse target, whose text is the chain (TriForce).
@@ -104,6 +110,8 @@ class HierarchicalDrafter(SelfDrafter):
     Args:
         small: made for `config_of_small`.
     """
+
+    can_capture = False  # how often the small draft proposes within a round depends on what the target accepts
 
     def __init__(self, small: TreeDrafter, sparse: SparseTarget, config: SpecExtendConfig):
         if small.tap is not None:
@@ -113,7 +121,7 @@ class HierarchicalDrafter(SelfDrafter):
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
-        return replace(config, draft="model", draft_cache="streaming")
+        return replace(config, drafting="model", draft_cache="streaming")
 
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         super().prefill(prompt, first, extra_slots)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specextend.config import SpecExtendConfig
+from specextend.drafting.drafter import TreeDrafter
 from specextend.drafting.expansion import Level, grow
 from specextend.modeling.attention import Attend
 from specextend.modeling.rope import make_exact
@@ -16,10 +17,8 @@ from specextend.trees.acceptance import Accepted
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
-    from specextend.drafting.fused import FusedDraft
-    from specextend.kernels.tree import TreeBuffers
-    from specextend.modeling.fused_target import Workspaces
-from specextend.drafting.drafter import TreeDrafter
+    from specextend.drafting.captured import CapturedDraft
+    from specextend.modeling.llama_blocks import Workspaces
 
 
 class ClassicDrafter(TreeDrafter):
@@ -33,6 +32,7 @@ class ClassicDrafter(TreeDrafter):
         make_exact(model)
         super().__init__(model.config, model.get_decoder().rotary_emb, model.dtype, model.device, config)
         self.model, self.vocab_size = model, vocab_size
+        self._embed = model.get_decoder().embed_tokens
         self._pending = torch.empty(0, dtype=torch.long)
 
     @property
@@ -52,10 +52,25 @@ class ClassicDrafter(TreeDrafter):
 
         return is_supported(self.model)
 
-    def fused(self, tree: TreeBuffers, workspaces: Workspaces) -> FusedDraft:
-        from specextend.drafting.fused import FusedClassicDraft
+    def captured(self, workspaces: Workspaces) -> CapturedDraft:
+        from specextend.drafting.captured import SmallLMDraft
+        from specextend.kernels.tree import TreeBuffers
 
-        return FusedClassicDraft(self, tree, workspaces)
+        tree = TreeBuffers(self._tree, self.candidates, workspaces.device)
+        return SmallLMDraft(
+            self.model, self._embed, self.cache, tree, workspaces, self._tree.max_depth, dense=self._dense,
+            scratch=self._slots.draft,
+        )  # fmt: skip
+
+    def clamp_ids(self, vocab_size: int) -> None:
+        """Prepare for a target that knows `vocab_size` ids: those the draft lacks are read as its last one.
+
+        The draft only guesses; what it guesses after such a token is verified like anything else.
+        """
+        rows = self._embed.num_embeddings
+        if vocab_size > rows:
+            embed = self._embed
+            self._embed = lambda tokens: embed(tokens.clamp(max=rows - 1))
 
     def propose(self) -> DraftTree:
         root, hidden = self._pending[-1], self._read(self._pending)[-1:]
@@ -80,20 +95,20 @@ class ClassicDrafter(TreeDrafter):
         return hidden
 
     def _run(self, tokens: Tensor, attend: Attend) -> Tensor:
-        return run_unrotated(self.model, tokens, attend)
+        return run_unrotated(self.model, self._embed(tokens), attend)
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)[:, : self.vocab_size].float().log_softmax(-1)
 
 
-def run_unrotated(model: PreTrainedModel, tokens: Tensor, attend: Attend) -> Tensor:
-    """Final hidden states [T, H] of a causal LM whose queries and keys reach `attend` un-rotated.
+def run_unrotated(model: PreTrainedModel, embedded: Tensor, attend: Attend) -> Tensor:
+    """Final hidden states [T, H] of a causal LM, given its tokens `embedded` [T, H], un-rotated for `attend`.
 
     Runs the decoder's parts one after the other: a draft pass is so short that the model's own preparations (masks,
     rotary tables, arguments) would be a fifth of it.
     """
     decoder = model.get_decoder()
-    hidden = decoder.embed_tokens(tokens[None])
+    hidden = embedded[None]
     dim = decoder.layers[0].self_attn.head_dim
     no_rotation = (hidden.new_ones(1, 1, dim), hidden.new_zeros(1, 1, dim))
     for layer in decoder.layers:

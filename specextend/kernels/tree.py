@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specextend.config import TreeConfig
+from specextend.kernels.tree_attention import pack_mask
 
 WORD = 32
 CHUNK = 4096  # logits at a time
@@ -233,7 +234,7 @@ def _tree(
 
 @triton.jit
 def _accept(
-    tokens, parents, used, words, chosen, path, emitted, count, newest, start, length, slots,
+    tokens, parents, used, words, chosen, path, drafted, emitted, count, newest, start, length, slots,
     WORDS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Follow the target's choices down the tree; `start` gets the old length, `length` the new one."""
@@ -253,6 +254,7 @@ def _accept(
     tl.store(path + place, slot.to(tl.int64), on_path)
     tl.store(emitted + place, tl.load(chosen + slot, is_slot, 0), on_path)
     tl.store(newest, tl.max(tl.where(on_path, slot, 0), 0).to(tl.int64))
+    tl.store(drafted, tl.sum(used_.to(tl.int64), 0) - 1)
     tl.store(count, total.to(tl.int64))
     known = tl.load(length)
     tl.debug_barrier()
@@ -279,46 +281,102 @@ def _compact(
     tl.store(values + target, v, moves[:, None])
 
 
-class TreeBuffers:
-    """What growing and judging trees of one `TreeConfig` needs; a captured graph keeps pointing at it.
+class TreeNodes:
+    """A tree of a fixed number of slots on the device, and the verdict on it; a captured graph keeps pointing at both.
 
+    Args:
+        slots: T, the root included.
+        depth: of the deepest path; P = depth + 1 tokens at most come out of a round.
     Attributes:
-        tokens: [T] int64, parents, depth, used: [T] int32, ancestor_bits: [T, ceil(T / 32)] int32 of the finished tree.
+        tokens: [T] int64, parents, depth, used: [T] int32, ancestor_bits: [T, ceil(T / 32)] int32 of the tree.
         path, emitted: [P] int64, count, newest: [] int64 of the verdict; beyond `count` anything.
+        report: [2 + P] int64, what the host reads of a round: drafted nodes, `count`, `emitted`.
     """
+
+    def __init__(self, slots: int, depth: int, device: torch.device):
+        self.slots = slots
+        steps = min(depth + 1, slots)
+        self.tokens, self.parents = _zeros(device, slots, dtype=torch.int64), _zeros(device, slots)
+        self.depth, self.used = _zeros(device, slots), _zeros(device, slots)
+        self.ancestor_bits = _zeros(device, slots, -(-slots // WORD))
+        self.path, self.report = _zeros(device, steps, dtype=torch.int64), _zeros(device, 2 + steps, dtype=torch.int64)
+        self.drafted, self.count, self.emitted = self.report[0], self.report[1], self.report[2:]
+        self.newest, self.start = _zeros(device, dtype=torch.int64), _zeros(device, dtype=torch.int64)
+
+    @classmethod
+    def chain(cls, length: int, device: torch.device) -> TreeNodes:
+        """A root and `length` nodes below each other, all of them used; a lone root is always the newest token."""
+        chain = cls(length + 1, length, device)
+        chain.depth.copy_(torch.arange(length + 1))
+        chain.parents.copy_(chain.depth - 1)
+        chain.used.fill_(1)
+        chain.ancestor_bits.copy_(pack_mask(torch.ones(length + 1, length + 1, dtype=torch.bool).tril()))
+        if not length:
+            chain.tokens = chain.emitted
+        return chain
+
+    def begin(self, first: Tensor) -> None:
+        """Start a generation: `first` [] is the newest token."""
+        self.emitted[0] = first
+        self.count.fill_(1)
+        self.newest.zero_()
+
+    @property
+    def root(self) -> Tensor:
+        """[1] the newest token."""
+        return self.emitted.index_select(0, (self.count - 1).reshape(1))
+
+    def accept(self, chosen: Tensor, length: Tensor) -> None:
+        """The verdict of the target's choices `chosen` [T] int64; adds the accepted to `length` [] in place."""
+        _accept[(1,)](
+            self.tokens, self.parents, self.used, self.ancestor_bits, chosen, self.path, self.drafted, self.emitted,
+            self.count, self.newest, self.start, length, self.slots,
+            WORDS=self.ancestor_bits.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
+        )  # fmt: skip
+
+    def compact(self, keys: Tensor, values: Tensor) -> None:
+        """Move the accepted rows of `keys` and `values` [L, H_kv, S, D] to the front of the scratch."""
+        if self.slots == 1:
+            return
+        layers, heads, _, dim = keys.shape
+        assert keys.stride() == values.stride()
+        _compact[(layers, heads)](
+            keys, values, self.path, self.count, self.start, keys.stride(0), keys.stride(1), keys.stride(2),
+            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2,
+        )  # fmt: skip
+
+
+class TreeBuffers(TreeNodes):
+    """What growing trees of one `TreeConfig` needs besides."""
 
     def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
         self._config, self._vocab_size = config, vocab_size
         self._floor = math.log(config.min_probability) if config.min_probability else -math.inf
         self.width = width = min(config.nodes, vocab_size)
         every = width * config.max_depth
-        self.slots = min(config.nodes, every) + 1
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
+        super().__init__(min(config.nodes, every) + 1, config.max_depth, device)
         self.kept_per_row = triton.next_power_of_2(width)
-        self.child_tokens = zeros(width, self.kept_per_row)
-        self.child_scores = zeros(width, self.kept_per_row, dtype=torch.float32)
-        self._close_at = zeros(width, ROOM)
-        self.level_tokens, self.below = zeros(width, dtype=torch.int64), zeros(width, dtype=torch.int64)
-        self.above = zeros(width, dtype=torch.float32)
-        self.all_tokens, self.all_parents = zeros(every, dtype=torch.int64), zeros(every)
-        self.all_scores, self.state = zeros(every, dtype=torch.float32), zeros(2, dtype=torch.float32)
-        self.all_ancestor_bits = zeros(every, -(-every // WORD))
-        self.kept, self.order = zeros(self.slots), zeros(every + 1)
-        self.tokens, self.parents = zeros(self.slots, dtype=torch.int64), zeros(self.slots)
-        self.depth, self.used = zeros(self.slots), zeros(self.slots)
-        self.ancestor_bits = zeros(self.slots, -(-self.slots // WORD))
-        steps = min(config.max_depth + 1, self.slots)
-        self.path, self.emitted = zeros(steps, dtype=torch.int64), zeros(steps, dtype=torch.int64)
-        self.count, self.newest, self.start = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+        self.child_tokens = _zeros(device, width, self.kept_per_row)
+        self.child_scores = _zeros(device, width, self.kept_per_row, dtype=torch.float32)
+        self._close_at = _zeros(device, width, ROOM)
+        self.level_tokens = _zeros(device, width, dtype=torch.int64)
+        self.below = _zeros(device, width, dtype=torch.int64)
+        self.above = _zeros(device, width, dtype=torch.float32)
+        self.all_tokens, self.all_parents = _zeros(device, every, dtype=torch.int64), _zeros(device, every)
+        self.all_scores, self.state = (_zeros(device, size, dtype=torch.float32) for size in (every, 2))
+        self.all_ancestor_bits = _zeros(device, every, -(-every // WORD))
+        self.kept, self.order = _zeros(device, self.slots), _zeros(device, every + 1)
         self._fresh = torch.tensor([1.0, 0.0], device=device)  # a tree still grows, and expects nothing
 
-    def begin(self) -> None:
-        """Start a new tree."""
+    def sprout(self) -> None:
+        """Start a new tree; levels that are never added hold nothing."""
         self.above.zero_()
+        self.all_scores.fill_(-math.inf)
         self.state.copy_(self._fresh)
+
+    def grows(self) -> bool:
+        """Whether the stop rule lets another level come; the host waits for it."""
+        return bool(self.state[0] > 0)
 
     def add_level(self, logits: Tensor, level: int, names: Tensor | None = None) -> None:
         """Level `level` (0 is the root's children) from the `logits` [n, V] after the nodes of the level before.
@@ -354,19 +412,6 @@ class TreeBuffers:
             ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
         )  # fmt: skip
 
-    def accept(self, chosen: Tensor, length: Tensor) -> None:
-        """The verdict of the target's choices `chosen` [T] int64; adds the accepted to `length` [] in place."""
-        _accept[(1,)](
-            self.tokens, self.parents, self.used, self.ancestor_bits, chosen, self.path, self.emitted, self.count,
-            self.newest, self.start, length, self.slots,
-            WORDS=self.ancestor_bits.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
-        )  # fmt: skip
 
-    def compact(self, keys: Tensor, values: Tensor) -> None:
-        """Move the accepted rows of `keys` and `values` [L, H_kv, S, D] to the front of the scratch."""
-        layers, heads, _, dim = keys.shape
-        assert keys.stride() == values.stride()
-        _compact[(layers, heads)](
-            keys, values, self.path, self.count, self.start, keys.stride(0), keys.stride(1), keys.stride(2),
-            PATH=triton.next_power_of_2(len(self.path)), DIM=dim, num_warps=2,
-        )  # fmt: skip
+def _zeros(device: torch.device, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device=device) if shape else torch.zeros((), dtype=dtype, device=device)

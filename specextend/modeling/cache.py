@@ -38,7 +38,7 @@ class KVCache:
         self._options = {"dtype": dtype, "device": device}
         self._buffer = torch.empty(2, *self._shape[:1], 1, self._shape[1], 0, self._shape[2], **self._options)
         self.length = 0
-        self.followers: WeakSet = WeakSet()  # those that point at the buffer; told by `release()` before it moves
+        self.followers: WeakSet = WeakSet()  # those that point at the buffer; told by `release()` when it moves
 
     @property
     def capacity(self) -> int:
@@ -58,17 +58,28 @@ class KVCache:
         self.length = 0
         if capacity <= self.capacity:
             return
+        for follower in self.followers:  # free first: two caches at once may not fit
+            follower.release()
+        self._buffer = self._empty(0)
+        self._buffer = self._empty(capacity)
+
+    def require(self, capacity: int) -> None:
+        """Make room for `capacity` tokens and keep what is there."""
+        if capacity <= self.capacity:
+            return
+        larger = self._empty(capacity)
+        larger[..., : self.capacity, :] = self._buffer
+        for follower in self.followers:
+            follower.release()
+        self._buffer = larger
+
+    def _empty(self, capacity: int) -> Tensor:
         layers, heads, dim = self._shape
         if self._options["device"].type == "cuda":  # captured graphs point at the buffer: let it move rarely
             capacity = -(-capacity // CAPTURED_STEP) * CAPTURED_STEP
-        # free first: two caches at once may not fit
-        for follower in self.followers:
-            follower.release()
-        self._buffer = None
         try:
-            self._buffer = torch.empty(2, layers, 1, heads, capacity, dim, **self._options)
+            return torch.empty(2, layers, 1, heads, capacity, dim, **self._options)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            self._buffer = torch.empty(2, layers, 1, heads, 0, dim, **self._options)
             gigabytes = 2 * layers * heads * capacity * dim * self._options["dtype"].itemsize / 1e9
             raise CapacityError(
                 f"a KV cache of {capacity} tokens needs {gigabytes:.1f} GB, which {self._options['device']} cannot "
@@ -140,6 +151,13 @@ class DraftCache:
         else:
             self.full.reset(capacity)
             self.working.reset(self._working_capacity + tree_slots)  # always the same: captured steps point at it
+
+    def require(self, tokens: int, tree_slots: int) -> None:
+        """Make room for a context of `tokens` and a tree behind it."""
+        if self.full is not None:
+            self.full.require(tokens)
+        else:
+            self.working.require(tokens + tree_slots)
 
     def append(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store un-rotated `key` and `value` [1, H_kv, T, D] of the next T tokens of the context.

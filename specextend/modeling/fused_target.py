@@ -1,90 +1,48 @@
-"""A round of SpecExtend on a GPU, without a look at any value from the host.
+"""Verification on a GPU without host synchronisation, in a form that CUDA graphs can hold for every length.
 
-The algorithm is that of `generate.speculative`, in a form that CUDA graphs can hold for every length: lengths are
-tensors on the device, a tree always has all its levels and slots, and what does not count is masked. The host reads the
-accepted tokens once, at the end of a round. What the models compute is `blocks.py`'s; models that do not fit go the way
-of `target.py` and `drafter.py`.
+Lengths are tensors on the device, a tree always has all its slots, and what does not count is masked. What the model
+computes is `llama_blocks.py`'s; models that are not supported there are verified by `target.py`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specextend.kernels import scores
-from specextend.kernels.elementwise import KeyValue, rms_norm
+from specextend.kernels.elementwise import rms_norm
+from specextend.kernels.tree import TreeNodes
 from specextend.modeling.cache import KVCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_norm
 from specextend.modeling.rope import Rope
-from specextend.modeling.target import Target
-
-
-class StaticCache:
-    """The buffers of a `KVCache`, its length on the device."""
-
-    def __init__(self, cache: KVCache):
-        self._cache = cache
-        self.keys, self.values = cache.buffer[0, :, 0], cache.buffer[1, :, 0]  # [L, H_kv, S, D]
-        self.length = torch.tensor(cache.length, device=self.keys.device)
-        cache.followers.add(self)
-
-    @property
-    def is_current(self) -> bool:
-        """False once a longer prompt has made the cache move to a larger buffer."""
-        return self._cache.buffer.data_ptr() == self.keys.data_ptr()
-
-    def release(self) -> None:
-        """Let go of the buffer, which is about to be replaced."""
-        self.keys = self.values = self.keys.new_empty(0)
-
-    def take_over(self) -> None:
-        """Go on from what was put there by the host's side."""
-        self.length.fill_(self._cache.length)
-
-    def layer(self, index: int) -> KeyValue:
-        return KeyValue(self.keys[index], self.values[index], self.length)
-
-
-class Nodes(Protocol):
-    """What is verified: a draft tree (`TreeBuffers`), or a root alone.
-
-    Attributes:
-        tokens: [T] int64; depth: [T] int32; ancestor_bits: [T, ceil(T / 32)] int32 ancestor bits; slots: T.
-    """
-
-    tokens: Tensor
-    depth: Tensor
-    ancestor_bits: Tensor
-    slots: int
-
-
-class Root:
-    """A lone token, autoregressive decoding's tree."""
-
-    slots = 1
-
-    def __init__(self, device: torch.device):
-        self.tokens = torch.zeros(1, dtype=torch.int64, device=device)
-        self.depth = torch.zeros(1, dtype=torch.int32, device=device)
-        self.ancestor_bits = torch.ones(1, 1, dtype=torch.int32, device=device)
+from specextend.modeling.static_cache import StaticCache
+from specextend.modeling.target import LastLayer
 
 
 class FusedTarget:
-    """Verification of up to `MAX_SLOTS` nodes behind the tokens that `Target` committed.
+    """Verification of a tree of fixed size behind the committed tokens of a cache.
 
     Args:
+        cache: of the model's shape; a prefill fills it.
+        slots: nodes of a tree, the root included.
         tap: what the draft reads of the hidden states, if it reads any.
+        positions: the cache whose capacity bounds the nodes' positions, if it is another.
+    Attributes:
+        span: None attends by the tree kernel; else by dense attention over the first `span` keys.
     """
 
-    def __init__(self, target: Target, workspaces: Workspaces, slots: int, tap: FeatureTap | None = None):
-        model = target.model
+    def __init__(
+        self, model: PreTrainedModel, cache: KVCache, workspaces: Workspaces, slots: int,
+        tap: FeatureTap | None = None, positions: KVCache | None = None,
+    ):  # fmt: skip
         decoder, weight = model.get_decoder(), model.get_output_embeddings().weight
-        self._target, self.cache = target, StaticCache(target.cache)
+        self.cache = StaticCache(cache)
         self._embedding, self._norm = decoder.embed_tokens, as_norm(decoder.norm)
-        tables = Rope(decoder.rotary_emb, model.dtype, model.device).tables(self.cache.keys.shape[2])
+        self._rope, self.span = Rope(decoder.rotary_emb, model.dtype, model.device), None
+        self._positions = positions or cache
+        tables = self._rope.tables(self._positions.capacity)
         self._blocks = [FusedBlock(layer, *tables, workspaces) for layer in decoder.layers]
         self._readout = weight
         heads, dim = len(decoder.layers[-1].self_attn.q_proj.weight), decoder.layers[-1].self_attn.head_dim
@@ -95,19 +53,31 @@ class FusedTarget:
         parts = 0 if tap is None else 1 if tap.entering is None else len(tap.entering)
         self.features = weight.new_zeros(slots, parts * weight.shape[1])
 
-    def take_over(self) -> None:
-        """Go on from the prefill: its length, and the newest token's query."""
-        query, lse, _ = self._target.last_queries()
-        self.query[:, 0], self.lse[:, 0] = query[0, :, -1], lse[0, :, -1]
-        self.cache.take_over()
+    def begin(self, newest: LastLayer) -> None:
+        """Go on from a prefill: the cache's length, and what it kept of the newest token."""
+        self.query[:, 0], self.lse[:, 0] = newest.query[0, :, -1], newest.lse[0, :, -1]
+        self.cache.begin()
 
-    def verify(self, tree: Nodes) -> Tensor:
-        """Logits [T, V] after every node; keeps what the attention row and the draft will ask for."""
+    def rebind(self) -> None:
+        """Point at the cache's buffer as it is now; what was captured before is void."""
+        self.cache.rebind()
+        cos, sin = self._rope.tables(self._positions.capacity)
+        for block in self._blocks:
+            block.cos, block.sin = cos, sin
+
+    def verify(self, tree: TreeNodes, depth: Tensor | None = None) -> Tensor:
+        """Logits [T, V] after every node; keeps what the attention row and the draft will ask for.
+
+        Args:
+            depth: [T] int32 distance of each node from the cache's length; None: its depth in the tree.
+        """
         slots = Slots(tree.ancestor_bits, tree.slots)
+        depth = tree.depth if depth is None else depth
+        mask = slots.mask(self.cache.length, self.span) if self.span else None
         hidden = self._embedding(tree.tokens)
         for index, block in enumerate(self._blocks):
             self._keep(hidden, index)
-            hidden = block.run(hidden, slots, self.cache.layer(index), depth=tree.depth)
+            hidden = block.run(hidden, slots, self.cache.layer(index), mask=mask, depth=depth)
         self._keep(hidden, len(self._blocks))
         self.query[:, : tree.slots] = self._blocks[-1].query
         self.lse[:, : tree.slots] = self._blocks[-1].lse

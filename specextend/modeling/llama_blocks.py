@@ -19,7 +19,7 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from specextend.kernels import linear, tree_attention
 from specextend.kernels.elementwise import KeyValue, Norm, Placement, gate, place, rms_norm
-from specextend.modeling.attention import Attention
+from specextend.modeling.attention import Attention, DenseAttention
 from specextend.modeling.rope import DynamicRope
 
 HEAD_DIMS = (32, 64, 128)
@@ -79,14 +79,14 @@ class Workspaces:
     """Scratch memory of the kernels; launches follow each other on one stream and share it."""
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self.device = device
         self.linear = linear.Workspace(device)
         self._attention: dict[tuple[int, int, int, int], tree_attention.Workspace] = {}
 
     def attention(self, heads: int, queries: int, dim: int, splits: int) -> tree_attention.Workspace:
         shape = (heads, queries, dim, splits)
         if shape not in self._attention:
-            self._attention[shape] = tree_attention.Workspace(heads, queries, dim, splits, self._device)
+            self._attention[shape] = tree_attention.Workspace(heads, queries, dim, splits, self.device)
         return self._attention[shape]
 
 
@@ -102,43 +102,56 @@ class Slots:
         mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()
         return cls(tree_attention.pack_mask(mask), count)
 
+    def mask(self, length: Tensor, span: int) -> Tensor:
+        """[T, span] bool: who sees which of the first `span` keys of a cache of `length` [], slots included."""
+        place = torch.arange(span, device=length.device) - length
+        slot = place.clamp(0, self.count - 1)
+        seen = (self.ancestor_bits[:, slot // 32] >> (slot % 32)) & 1
+        return (place < 0) | ((place < self.count) & (seen == 1))
+
 
 class FusedBlock:
     """One transformer block over T rows."""
 
     def __init__(self, block: nn.Module, cos: Tensor, sin: Tensor, workspaces: Workspaces):
-        self._weights, self._cos, self._sin, self._workspaces = BlockWeights(block), cos, sin, workspaces
+        self._weights, self.cos, self.sin, self._workspaces = BlockWeights(block), cos, sin, workspaces
         self.query = self.lse = torch.empty(0)
 
     def run(
         self, residual: Tensor, slots: Slots, cache: KeyValue, *, entry: Tensor | None = None,
-        full: KeyValue | None = None, active: Tensor | None = None, **where,
+        full: KeyValue | None = None, mask: Tensor | None = None, active: Tensor | None = None, **where,
     ) -> Tensor:  # fmt: skip
         """Hidden states [T, H] after the block; writes keys and values into the caches.
 
         Args:
             residual: [T, H] before the block; entry: what the attention reads, if it is not the residual normed.
             full: a second cache, that keeps keys un-rotated.
+            mask: [T, span] as `Slots.mask`: dense attention over the first `span` keys; None is the tree kernel.
             active: [>= 1] float32; where its first is not positive, nothing is computed.
             where: `shift`, `step`, `offset` and `depth` of a `Placement`.
         """
         weights, work = self._weights, self._workspaces.linear
         read, norm = (residual, weights.before) if entry is None else (entry, None)
-        attended = self.attend(read, slots, cache, norm=norm, full=full, active=active, **where)
+        attended = self.attend(read, slots, cache, norm=norm, full=full, mask=mask, active=active, **where)
         residual = linear.linear(attended, weights.output, work, residual=residual, active=active)
         inner = linear.swiglu(residual, weights.gate_up, work, norm=weights.between, active=active)
         return linear.linear(inner, weights.down, work, residual=residual, active=active)
 
     def attend(
         self, entry: Tensor, slots: Slots, cache: KeyValue, *, norm: Norm | None = None, full: KeyValue | None = None,
-        active: Tensor | None = None, **where,
+        mask: Tensor | None = None, active: Tensor | None = None, **where,
     ) -> Tensor:  # fmt: skip
         """Attention output [T, heads * D] of `entry` [T, K], normed if asked; the rest as for `run`."""
-        weights, placement = self._weights, Placement(self._cos, self._sin, cache.length, **where)
+        weights, placement = self._weights, Placement(self.cos, self.sin, cache.length, **where)
         self.query = linear.rotary(
             entry, weights.qkv, self._workspaces.linear, placement, cache, norm=norm, full=full, active=active
         )
         heads, rows, _ = self.query.shape
+        if mask is not None:
+            keys, values = (part[None, :, : mask.shape[1]] for part in (cache.keys, cache.values))
+            dense, lse = DenseAttention()(self.query[None], keys, values, weights.scaling, mask.shape[1], mask)
+            self.lse = lse[0]
+            return dense[0].transpose(0, 1).reshape(rows, -1)
         launch = tree_attention.launch_for(entry.device, len(cache.keys), heads // len(cache.keys) * rows)
         attended, self.lse = tree_attention.tree_attention(
             self.query, cache.keys, cache.values, cache.length, slots.ancestor_bits, weights.scaling, slots=slots.count,

@@ -1,4 +1,4 @@
-"""`fused.FusedTarget` on one rank's share of the heads and neurons: two sums over ranks per block, for CUDA graphs.
+"""`FusedTarget` on one rank's share of the heads and neurons: two sums over ranks per block, for CUDA graphs.
 
 A block is  q/k/v, rotation, into the cache | attention | o | sum, norm | gate/up, SiLU | down | sum, norm.  The norm
 that opens the next block belongs to the sum before it, so that a sharded block has no more launches than a whole one.
@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric
+from transformers import PreTrainedModel
 
 from specextend.kernels import linear, reduce
 from specextend.kernels.elementwise import KeyValue, Norm, rms_norm
-from specextend.modeling.features import FeatureTap
-from specextend.modeling.fused_target import FusedTarget, Nodes
+from specextend.kernels.tree import TreeNodes
+from specextend.modeling.cache import KVCache
+from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_norm
-from specextend.modeling.target import Target
 
 PATIENCE_MS = 60_000  # of a rank that waits for its peers' parts, while they compile their kernels, say
 
@@ -145,24 +146,22 @@ class ShardedFusedTarget(FusedTarget):
     """Verification by all ranks together; every rank gets all logits.
 
     Args:
-        target: over this rank's share of the model, whose linear layers hold plain tensors.
+        model: this rank's share, whose linear layers hold plain tensors; cache: of its heads.
         vocab: of the whole readout.
     """
 
     def __init__(
-        self, target: Target, workspaces: Workspaces, slots: int, sums: Reducer, vocab: int,
-        tap: FeatureTap | None = None,
+        self, model: PreTrainedModel, cache: KVCache, workspaces: Workspaces, slots: int, sums: Reducer, vocab: int
     ):  # fmt: skip
-        assert tap is None, "an EAGLE head under tensor parallelism is not supported"
-        super().__init__(target, workspaces, slots)
-        decoder = target.model.get_decoder()
-        tables = self._blocks[0]._cos, self._blocks[0]._sin
+        super().__init__(model, cache, workspaces, slots)
+        decoder = model.get_decoder()
+        tables = self._blocks[0].cos, self._blocks[0].sin
         self._blocks = [ShardedBlock(layer, *tables, workspaces) for layer in decoder.layers]
         self._first = as_norm(decoder.layers[0].input_layernorm)
         self._after = [*(as_norm(layer.input_layernorm) for layer in decoder.layers[1:]), as_norm(decoder.norm)]
         self._sums, self._is_split = sums, len(self._readout) < vocab
 
-    def verify(self, tree: Nodes) -> Tensor:
+    def verify(self, tree: TreeNodes) -> Tensor:
         slots = Slots(tree.ancestor_bits, tree.slots)
         residual = self._embedding(tree.tokens)
         entry = rms_norm(residual, self._first)

@@ -30,6 +30,8 @@ def accept(tree: DraftTree, chosen: Tensor) -> Accepted:
     Args:
         chosen: [T] the target's token after each node.
     """
+    if len(tree) == 1:  # autoregressive decoding
+        return Accepted(tree.depth, tree.tokens[1:], chosen[0])
     matches = tree.tokens == chosen[tree.parents.clamp(min=0)]
     matches[0] = True
     on_path = (matches | ~tree.ancestors).all(dim=-1)

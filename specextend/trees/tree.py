@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Nodes(Protocol):
+    """What the target verifies and chooses for: a `DraftTree`, or a tree in buffers of fixed size on the device.
+
+    Attributes:
+        tokens, parents, depth: [T]; used: [T], 0 or false where a slot holds no node.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depth: Tensor
+    used: Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,11 @@ class DraftTree:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def used(self) -> Tensor:
+        """[T] bool: every node is one."""
+        return torch.ones_like(self.tokens, dtype=torch.bool)
 
     @classmethod
     def root(cls, token: Tensor) -> DraftTree:

@@ -1,44 +1,53 @@
-"""An EAGLE head in captured rounds; caches, tree and retrieval are `specextend.modeling.fused_target`'s."""
+"""An EAGLE head in captured rounds; caches, tree and retrieval are `specextend.drafting.captured`'s."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from eagle.heads import Eagle1Head, Eagle3Head
-from specextend.drafting.fused import FusedDraft
+from eagle.heads import Eagle1Head, Eagle3Head, Head
+from specextend.drafting.captured import TreeDraft
 from specextend.kernels import linear
 from specextend.kernels.elementwise import rms_norm
 from specextend.kernels.tree import TreeBuffers
+from specextend.modeling.cache import DraftCache
+from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_norm
 
-if TYPE_CHECKING:
-    from eagle.drafter import EagleDrafter
 
+class EagleDraft(TreeDraft):
+    """Pairs (token, state before it) through the head's one block; see `EagleDrafter` for what is cached where.
 
-class FusedEagleDraft(FusedDraft):
-    """Pairs (token, state before it) through the head's one block; see `EagleDrafter` for what is cached where."""
+    Args:
+        root_state: gives the state [1, H] of the root's pair after the drafter's prefill.
+    """
 
-    def __init__(self, drafter: EagleDrafter, tree: TreeBuffers, workspaces: Workspaces):
-        head = drafter.head
-        weight = head.fc.weight
-        super().__init__(drafter, tree)
-        self._drafter, self._head, self.target_ids = drafter, head, head.target_ids
-        self._block, self._workspaces = FusedBlock(head.layers[0], *self._tables, workspaces), workspaces
+    def __init__(
+        self, head: Head, root_state: Callable[[], Tensor], cache: DraftCache, tree: TreeBuffers,
+        workspaces: Workspaces, depth: int, *, dense: bool, scratch: int,
+    ):  # fmt: skip
+        super().__init__(cache, tree, depth, dense=dense, scratch=scratch)
+        weight, tables = head.fc.weight, self._rope.tables(self.working.capacity)
+        self._head, self._root_state, self.target_ids = head, root_state, head.target_ids
+        self._blocks, self._workspaces = [FusedBlock(head.layers[0], *tables, workspaces)], workspaces
         self._states = weight.new_zeros(len(tree.emitted), len(weight))
         self._hidden = weight.new_zeros(1, len(weight))
 
-    def take_over(self) -> None:
-        super().take_over()
-        self._states[0] = self._drafter.root_state[0]
+    @property
+    def state(self) -> list[Tensor]:
+        return [*super().state, self._states]
 
-    def take(self, features: Tensor) -> None:
-        self._states.copy_(self._head.states(features.index_select(0, self._tree.path)))
+    def begin(self, first: Tensor) -> None:
+        super().begin(first)
+        self._states[0] = self._root_state()[0]
 
-    def _read_newest(self, tokens, count):
-        hidden = self._run(tokens, self._states.clone(), self._newest, full=self._full_layer(0))
+    def follow(self, target: FusedTarget) -> None:
+        self._states.copy_(self._head.states(target.features.index_select(0, self._tree.path)))
+
+    def _read_newest(self, tokens, count, *, mask):
+        hidden = self._run(tokens, self._states.clone(), self._newest, full=self._full_layer(0), mask=mask)
         self._hidden = hidden.index_select(0, (count - 1).reshape(1))
         return self._head_logits(self._hidden)
 
@@ -49,7 +58,7 @@ class FusedEagleDraft(FusedDraft):
     def _run(self, tokens: Tensor, states: Tensor, slots: Slots, **rest) -> Tensor:
         """Block output [T, H] of pairs."""
         residual, entry = self._entry(self._head.embed_tokens(tokens), states)
-        return self._block.run(residual, slots, self.working.layer(0), entry=entry, **rest)
+        return self._blocks[0].run(residual, slots, self.working.layer(0), entry=entry, **rest)
 
     def _entry(self, embedding: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """What the block adds to, a tensor of its own, and what its attention reads."""

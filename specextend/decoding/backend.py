@@ -1,0 +1,71 @@
+"""What the decode loop asks of whoever computes its steps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specextend.config import RoundSlots
+from specextend.decoding.output import Output
+
+RESERVED = 4096  # new tokens that the caches have room for at first; they grow when more are written
+
+
+class Backend(Protocol):
+    """The steps of a round, in the order of `loop.decode`; everything of a prompt is forgotten with the next.
+
+    Attributes:
+        name: "eager" (plain PyTorch, the definition) or "graphs" (captured CUDA graphs over Triton kernels).
+    """
+
+    name: str
+    device: torch.device
+
+    def prefill(self, output: Output) -> Tensor:
+        """Read the prompt of `output` with target and draft; the target's first token []."""
+
+    def refresh_is_due(self) -> bool:
+        """Whether the draft's working cache is chosen anew before this round."""
+
+    def refresh(self) -> None:
+        """Choose the draft's working cache ("Cross-model Retrieval")."""
+
+    def draft(self) -> None:
+        """Grow a tree below the newest token."""
+
+    def verify(self) -> None:
+        """Let the target choose a token after every node of the tree."""
+
+    def accept(self) -> None:
+        """Keep the nodes that are the target's own choice, and its token after the last of them."""
+
+    def read(self) -> tuple[int, list[int]]:
+        """Nodes drafted, and the round's tokens, the bonus token last; the one time that the host waits."""
+
+
+class Reservation:
+    """How much context the caches have room for, in steps: a long answer that is not written takes no memory.
+
+    Attributes:
+        tokens: prompt and new tokens with a place.
+    """
+
+    def __init__(self, output: Output, slots: RoundSlots):
+        self._prompt, self._slots = output.prompt_tokens, slots
+        self._most = self._prompt + output.max_new_tokens
+        self.tokens = min(self._most, self._prompt + RESERVED)
+
+    @property
+    def extra_slots(self) -> int:
+        """Cache slots beyond the prompt, a round's included."""
+        return self.tokens - self._prompt + self._slots.verify
+
+    def is_short(self, context: int) -> bool:
+        """Whether a round behind `context` tokens may write more than there is room for."""
+        return self.tokens < self._most and context + self._slots.path > self.tokens
+
+    def grow(self, context: int) -> None:
+        """Half as much again, or what is still allowed."""
+        self.tokens = min(self._most, max(context + self._slots.path, self.tokens * 3 // 2))
