@@ -186,7 +186,7 @@ class Racetrack:
         progress = _reporter(report, "Warming up", new_tokens)
 
         def on_round(output: Output, round_: Round | None) -> None:
-            progress(output, round_)
+            progress(None, None)  # no count: it ends far before its last token
             if len(output.rounds) >= WARM_UP_ROUNDS:
                 raise _WarmedUp
 
