@@ -37,13 +37,22 @@ def read_document(path: Path, characters: int) -> str:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path.name} is not one of {', '.join(SUFFIXES)}; save the document as one of them")
+    if not path.is_file():
+        raise InputError(f"{path.name} is not there any more; upload it again")
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise InputError(f"{path.name} has {size / 2**20:.0f} MB; at most {MAX_BYTES // 2**20} MB are read: split it")
-    text = _read_pdf(path, characters) if suffix == ".pdf" else read_text(path)
+    text = _read_pdf(path, characters) if suffix == ".pdf" else _read_plain(path)
     if not text.strip():
         raise InputError(f"{path.name} is empty; choose a document with text in it")
     return text
+
+
+def _read_plain(path: Path) -> str:
+    try:
+        return read_text(path)
+    except InputError as error:  # visitors know the file by its name, not by where the server keeps it
+        raise InputError(str(error).replace(str(path), path.name)) from error
 
 
 def _read_pdf(path: Path, characters: int) -> str:

@@ -1,13 +1,15 @@
-"""Running a race and what is kept of it: every token with its origin and its time, and the chunks the draft read.
+"""Running a race, and its record: every token with its origin and its time, and the chunks the draft read.
 
-The lanes take turns, never at the same time, on engines that share models and memory. Times are the engine's own clock
-(the sums of its stages), which is what every table of this project reports.
+The lanes run one after the other on engines that share models and memory. Times are the engine's own clock (the sums of
+its stages), which is what every table of this project reports.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,9 +22,8 @@ from specextend.decoding.text import TextStream
 from specextend.drafting.retrieval import Retriever, num_chunks
 from specextend.engine import GREEDY, SpecExtend
 from specextend.errors import ModelError
-from specextend.evaluation.records import first_difference
 
-WARM_UP_PROMPT, WARM_UP_TOKENS = 256, 12
+WARM_UP_ROUNDS = 6  # more than between two refreshes of the working cache
 PROMPT_END = 24  # tokens of the prompt that are kept to be shown
 LABELS = {"autoregressive": "Autoregressive", "standard": "Standard speculative", "specextend": "SpecExtend"}
 
@@ -139,24 +140,28 @@ class Racetrack:
             "specextend": engine.generate,
         }
         self._watched = WatchedSpecExtend(engine)
+        self._races = 0
 
     def run(
         self, prompt: EncodedPrompt, new_tokens: int, sampling: SamplingConfig = GREEDY, report: Report | None = None
     ) -> Race:
         """Race on `prompt`; an exception out of `report`, called before each lane and after its rounds, ends it.
 
-        The chunks are watched in a run of their own, which is not timed and takes SpecExtend's time once more.
+        Every other race runs the lanes in the opposite order, so that none always has the cooler or the slower machine.
+        The chunks are observed in a run of their own, which is not timed and takes SpecExtend's time once more.
         """
         report = report or (lambda progress: None)
-        self._warm_up(prompt.ids, sampling, report)
+        order = list(self._lanes)[:: -1 if self._races % 2 else 1]
+        self._races += 1
+        self._warm_up(prompt.ids, new_tokens, sampling, report)
         results = {}
-        for method, generate in self._lanes.items():
-            tell = _teller(report, LABELS[method], new_tokens)
-            tell(None, None)
-            results[method] = generate(prompt.ids, new_tokens, sampling=sampling, on_round=tell)
-        tell = _teller(report, "Chunks the draft read", new_tokens)
-        tell(None, None)
-        seen = self._watched.generate(prompt.ids, new_tokens, sampling=sampling, on_round=tell)
+        for method in order:
+            on_round = _reporter(report, LABELS[method], new_tokens)
+            on_round(None, None)
+            results[method] = self._lanes[method](prompt.ids, new_tokens, sampling=sampling, on_round=on_round)
+        on_round = _reporter(report, "Chunks the draft read", new_tokens)
+        on_round(None, None)
+        seen = self._watched.generate(prompt.ids, new_tokens, sampling=sampling, on_round=on_round)
         models, config = self.engine.models, self.engine.config
         return Race(
             source=prompt.source,
@@ -171,16 +176,24 @@ class Racetrack:
             temperature=sampling.temperature,
             seed=sampling.seed,
             chunk_size=config.retrieval.chunk_size,
-            lanes=[self._lane(method, result) for method, result in results.items()],
+            lanes=[self._lane(method, results[method]) for method in self._lanes],
             selections=self._watched.selections() if _same_rounds(seen, results["specextend"]) else [],
-            differs_at=differs_at([result.token_ids for result in results.values()]),
+            differs_at=differs_at([results[method].token_ids for method in self._lanes]),
         )
 
-    def _warm_up(self, ids: Tensor, sampling: SamplingConfig, report: Report) -> None:
-        """Let every lane run once in small: a first run pays for what later ones find ready."""
-        tell = _teller(report, "Warming up", WARM_UP_TOKENS)
+    def _warm_up(self, ids: Tensor, new_tokens: int, sampling: SamplingConfig, report: Report) -> None:
+        """Run the first rounds of every lane at the race's own lengths, which then find memory and graphs ready."""
+        progress = _reporter(report, "Warming up", new_tokens)
+
+        def on_round(output: Output, round_: Round | None) -> None:
+            progress(None, None)  # no count: it ends far before its last token
+            if len(output.rounds) >= WARM_UP_ROUNDS:
+                raise _WarmedUp
+
+        progress(None, None)
         for generate in self._lanes.values():
-            generate(ids[:WARM_UP_PROMPT], WARM_UP_TOKENS, sampling=sampling, on_round=tell)
+            with suppress(_WarmedUp):
+                generate(ids, new_tokens, sampling=sampling, on_round=on_round)
 
     def _lane(self, method: str, result: Generation) -> Lane:
         return Lane(
@@ -198,6 +211,10 @@ class Racetrack:
         return self.engine.models.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class _WarmedUp(Exception):
+    """Ends a warm-up."""
+
+
 def steps_of(result: Generation, decode: Callable[[list[int]], str]) -> list[Step]:
     """The rounds of a generation with the text of every token."""
     stream, ids = TextStream(decode), result.token_ids
@@ -213,9 +230,9 @@ def steps_of(result: Generation, decode: Callable[[list[int]], str]) -> list[Ste
 
 
 def differs_at(outputs: Sequence[Sequence[int]]) -> int | None:
-    """First position at which any of `outputs` differs from the first, None if none does."""
-    found = [first_difference(outputs[0], other) for other in outputs[1:]]
-    return min((position for position in found if position is not None), default=None)
+    """First position at which `outputs` are not all the same, the end of a shorter one included; None if they are."""
+    columns = enumerate(zip_longest(*outputs))
+    return next((position for position, tokens in columns if len(set(tokens)) > 1), None)
 
 
 class WatchedSpecExtend(SpecExtend):
@@ -262,5 +279,5 @@ def _same_rounds(left: Generation, right: Generation) -> bool:
     return [one.tokens for one in left.rounds] == [one.tokens for one in right.rounds]
 
 
-def _teller(report: Report, label: str, new_tokens: int) -> Callable[[Output | None, Round | None], None]:
+def _reporter(report: Report, label: str, new_tokens: int) -> Callable[[Output | None, Round | None], None]:
     return lambda output, _: report(Progress(label, output.new_tokens if output else None, new_tokens))

@@ -1,4 +1,4 @@
-"""The page around the replay: what to race on, how far the race is, and a way to end it."""
+"""The page around the replay: the choice of a document, the race's progress, and a way to cancel it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -24,7 +24,7 @@ UPLOAD = "A file of mine"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 CPU_LENGTH = 8192  # beyond it, standard decoding's dense prefill takes minutes and gigabytes on a CPU
 NEW_TOKENS = (16, 512)
-LOOK_S = 0.25  # between two looks at a running race
+POLL_S = 0.25  # between two reports of a running race
 STYLE = Path(__file__).with_name("page.css")
 # The replay tells its height and is told whether the page is dark; when it is new, it is brought into sight.
 SCRIPT = """
@@ -48,7 +48,7 @@ def serve(track: Racetrack, host: str, port: int) -> None:
         raise ConfigError(f"port is {port}; it must lie in 1 .. 65535")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            build(Arena(track, Path(folder))).launch(
+            build(RaceQueue(track, Path(folder))).launch(
                 server_name=host, server_port=port, max_file_size=MAX_BYTES, show_error=True, footer_links=[],
                 theme=_theme(), css_paths=STYLE, head=SCRIPT, ssr_mode=False,
             )  # fmt: skip
@@ -58,12 +58,12 @@ def serve(track: Racetrack, host: str, port: int) -> None:
             ) from error
 
 
-class RaceStopped(Exception):
-    """Somebody ended the race."""
+class RaceCancelled(Exception):
+    """The race was cancelled, or the page that asked for it is gone."""
 
 
-class Arena:
-    """Runs races, one at a time whoever asks, and ends those that nobody waits for.
+class RaceQueue:
+    """Runs races one at a time, in the order of arrival, and ends those that are cancelled.
 
     Args:
         folder: where replays are written for download.
@@ -71,45 +71,58 @@ class Arena:
 
     def __init__(self, track: Racetrack, folder: Path):
         self.track, self._folder = track, folder
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        self._stops: dict[str, threading.Event] = {}
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._cancelled: dict[str, threading.Event] = {}
 
-    def race(self, visitor: str, path: Path | None, length: int, new_tokens: int, sampling: SamplingConfig):
-        """Yields the `Progress` of a race every `LOOK_S`, and at last the `Race`; `stop` ends it with `RaceStopped`."""
-        stop = self._stops[visitor] = threading.Event()
+    def race(
+        self, session: str, path: Path | None, length: int, new_tokens: int, sampling: SamplingConfig
+    ) -> Iterator[Progress | Race]:
+        """Yields the `Progress` of a race every `POLL_S`, and at last the `Race`.
+
+        `cancel` makes it raise `RaceCancelled` at once; the race itself ends after the step it is in.
+        """
+        cancelled = self._cancelled[session] = threading.Event()
         latest = Progress("Waiting for another race", None, new_tokens)
 
         def report(progress: Progress) -> None:
             nonlocal latest
-            if stop.is_set():
-                raise RaceStopped
+            if cancelled.is_set():
+                raise RaceCancelled
             latest = progress
 
         def run() -> Race:
             report(Progress("Reading the document", None, new_tokens))
             return self.track.run(read_prompt(self.track.engine, path, length), new_tokens, sampling, report)
 
-        future: Future[Race] = self._worker.submit(run)
-        while not future.done():
+        future: Future[Race] = self._thread.submit(run)
+        try:
             yield latest
-            wait([future], timeout=LOOK_S)
-        yield future.result()
+            while not future.done() and not cancelled.wait(POLL_S):
+                yield latest
+            if cancelled.is_set():
+                raise RaceCancelled
+            yield future.result()
+        finally:
+            cancelled.set()  # the page may be gone
+            future.cancel()
+            if self._cancelled.get(session) is cancelled:
+                del self._cancelled[session]
 
-    def stop(self, visitor: str) -> None:
-        """End the visitor's race after the step it is in, if there is one."""
-        if visitor in self._stops:
-            self._stops.pop(visitor).set()
+    def cancel(self, session: str) -> None:
+        """Cancel the session's race, if there is one."""
+        if (cancelled := self._cancelled.get(session)) is not None:
+            cancelled.set()
 
-    def save(self, page: str, visitor: str) -> Path:
-        path = self._folder / visitor / "specextend-race.html"
+    def save(self, page: str, session: str) -> Path:
+        path = self._folder / session / "specextend-race.html"
         path.parent.mkdir(exist_ok=True)
         path.write_text(page, encoding="utf-8")
         return path
 
 
-def build(arena: Arena) -> gr.Blocks:
+def build(races: RaceQueue) -> gr.Blocks:
     """The page."""
-    engine = arena.track.engine
+    engine = races.track.engine
     with gr.Blocks(title="SpecExtend: a race", analytics_enabled=False) as page:
         gr.HTML(_introduction(engine.models.name, str(engine.models.draft_id), str(engine.models.device)))
         with gr.Row(equal_height=True):
@@ -136,48 +149,38 @@ def build(arena: Arena) -> gr.Blocks:
         replay = gr.HTML(elem_id="replay")
 
         def run(document, upload, length, new_tokens, temperature, request: gr.Request) -> Iterator[dict]:
-            visitor = request.session_hash
-            try:
-                path = _chosen(document, upload)
-                for moment in arena.race(visitor, path, length, int(new_tokens), SamplingConfig(temperature)):
-                    if isinstance(moment, Progress):
-                        yield {status: _progress(moment)}
-            except RaceStopped:
-                yield {status: _note("The race was cancelled."), cancel: gr.Button(interactive=False)}
-            except SpecExtendError as error:
-                yield {status: _error(error), cancel: gr.Button(interactive=False)}
-            else:
-                made = replay_page(moment)
-                yield {
-                    status: "",
-                    replay: embedded(made),
-                    download: gr.DownloadButton(value=str(arena.save(made, visitor)), visible=True),
-                    cancel: gr.Button(interactive=False),
-                }
-
-        def begin() -> dict:
-            return {
-                status: _note("Waiting for the turn."),
+            session = request.session_hash
+            yield {
+                status: _note("Waiting to start."),
                 replay: "",
                 download: gr.DownloadButton(visible=False),
-                cancel: gr.Button(interactive=True),
             }
+            finished = {cancel: gr.Button(interactive=False)}
+            try:
+                path = _chosen(document, upload)
+                for moment in races.race(session, path, length, int(new_tokens), SamplingConfig(temperature)):
+                    if isinstance(moment, Progress):
+                        yield {status: _progress(moment), cancel: gr.Button(interactive=True)}
+            except RaceCancelled:
+                yield finished | {status: _note("The race was cancelled.")}
+            except SpecExtendError as error:
+                yield finished | {status: _error(error)}
+            else:
+                made = replay_page(moment)
+                saved = gr.DownloadButton(value=str(races.save(made, session)), visible=True)
+                yield finished | {status: "", replay: embedded(made), download: saved}
 
-        def end(request: gr.Request) -> dict:
-            arena.stop(request.session_hash)
-            return {status: _note("The race was cancelled."), cancel: gr.Button(interactive=False)}
-
-        def leave(request: gr.Request) -> None:
-            arena.stop(request.session_hash)
+        def end(request: gr.Request) -> None:
+            races.cancel(request.session_hash)
 
         options = {"show_progress": "hidden", "api_visibility": "private"}
         document.change(lambda choice: gr.File(visible=choice == UPLOAD), document, upload, **options)
-        outputs = [status, replay, download, cancel]
-        running = start.click(begin, outputs=outputs, queue=False, **options).then(
-            run, [document, upload, length, new_tokens, temperature], outputs, concurrency_limit=1, **options
-        )
-        cancel.click(end, outputs=[status, cancel], queue=False, cancels=[running], **options)
-        page.unload(leave)
+        # races wait in `RaceQueue`, not in gradio's queue, and `run` alone writes what the page shows of them: were it
+        # cancelled by gradio, a message on its way could arrive after the last word
+        inputs = [document, upload, length, new_tokens, temperature]
+        start.click(run, inputs, [status, replay, download, cancel], concurrency_limit=None, **options)
+        cancel.click(end, queue=False, **options)
+        page.unload(end)
     return page.queue(max_size=16)
 
 

@@ -31,6 +31,7 @@ def main() -> None:
         max_waiting=args.max_waiting,
         max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens,
+        default_max_tokens=args.default_max_tokens,
         max_body_bytes=args.max_body_bytes,
         grace_s=args.grace,
     )
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 class Server(uvicorn.Server):
-    """Stops in two steps: refuse what is new and finish the answer under way, then close."""
+    """Stops in two steps: refuse new requests and finish the one being decoded, then close."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, grace_s: float):
         super().__init__(config)
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
         deadline = self._loop.time() + self._grace_s
         while self._worker.busy and self._loop.time() < deadline and not self.should_exit:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(self._worker.stop)  # what is still under way ends with an error of its own
+        await asyncio.to_thread(self._worker.stop)  # a response that is not finished ends with an error
         self.should_exit = True
 
 
@@ -83,9 +84,14 @@ def parse_args() -> argparse.Namespace:
     server.add_argument("--api_key_file", type=Path, help="file with the key")
     server.add_argument("--max_waiting", type=int, default=64, help="requests in the queue; more get 429")
     server.add_argument("--max_prompt_tokens", type=int, default=0, help="per request; 0: what the model holds")
-    server.add_argument("--max_new_tokens", type=int, default=0, help="per request; 0: what the model holds")
+    server.add_argument(
+        "--max_new_tokens", type=int, default=0, help="per request, longer ones are cut; 0: what the model holds"
+    )
+    server.add_argument(
+        "--default_max_tokens", type=int, default=1024, help="new tokens of a chat whose request gives no limit"
+    )
     server.add_argument("--max_body_bytes", type=int, default=4 * 2**20, help="of a request; more get 413")
-    server.add_argument("--grace", type=float, default=30.0, help="seconds a stop waits for the answer under way")
+    server.add_argument("--grace", type=float, default=30.0, help="seconds a stop waits for the request being decoded")
     return parser.parse_args()
 
 

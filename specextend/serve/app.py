@@ -1,4 +1,4 @@
-"""The routes: a request becomes a job, its events become an answer or a stream of server-sent events."""
+"""The routes: a request becomes a job of the worker, the job's events become a response or server-sent events."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from specextend.engine import SpecExtend
 from specextend.serve import errors
 from specextend.serve.auth import AuthMiddleware
 from specextend.serve.errors import ApiError
+from specextend.serve.responses import ChatBuilder, CompletionBuilder, ResponseBuilder
 from specextend.serve.schema import ChatRequest, CompletionRequest
 from specextend.serve.settings import Settings
-from specextend.serve.shapes import ChatShape, CompletionShape, Shape
 from specextend.serve.worker import Job, Worker
 
 
 def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
-    """The application; its worker runs between start-up and shutdown, and lies in `app.state.worker`."""
+    """The application; its worker (`app.state.worker`) runs between start-up and shutdown."""
     worker = Worker(engine, settings.max_waiting)
 
     @asynccontextmanager
@@ -43,18 +43,18 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
         count=lambda status: worker.metrics.requests.labels(str(status)).inc(),
     )  # fmt: skip
     errors.register(app)
-    desk = RequestHandler(engine, settings, worker)
+    handler = RequestHandler(engine, settings, worker)
     model = {"id": settings.model_id, "object": "model", "created": int(time.time()), "owned_by": "specextend"}
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        ids = await desk.admit(body.model, body.prompt)
-        return await desk.answer(request, body, ids, CompletionShape(settings.model_id))
+        ids = await handler.encode(body.model, body.prompt)
+        return await handler.respond(request, body, ids, CompletionBuilder(settings.model_id))
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        ids = await desk.admit(body.model, body.conversation)
-        return await desk.answer(request, body, ids, ChatShape(settings.model_id))
+        ids = await handler.encode(body.model, body.conversation)
+        return await handler.respond(request, body, ids, ChatBuilder(settings.model_id))
 
     @app.get("/v1/models")
     async def models() -> dict:
@@ -62,7 +62,7 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict:
-        desk.check_model(name)
+        handler.check_model(name)
         return model
 
     @app.get("/health")
@@ -72,17 +72,17 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(worker.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+        return Response(worker.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
 class RequestHandler:
-    """Takes requests in and gives answers out."""
+    """Checks and tokenizes requests, runs them on the worker and sends the responses."""
 
     def __init__(self, engine: SpecExtend, settings: Settings, worker: Worker):
         self._engine, self._settings, self._worker = engine, settings, worker
-        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one: long texts queue instead of piling up
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")  # one thread: long texts queue
 
     def check_model(self, name: str) -> None:
         if name != self._settings.model_id:
@@ -91,10 +91,10 @@ class RequestHandler:
                 code="model_not_found", param="model",
             )  # fmt: skip
 
-    async def admit(self, model: str, prompt: str | list[int] | list[dict]) -> torch.Tensor:
-        """The prompt's ids [N], once it is known to be one; long texts are tokenized beside the event loop."""
+    async def encode(self, model: str, prompt: str | list[int] | list[dict]) -> torch.Tensor:
+        """Token ids [N] of a text, of ids or of messages, tokenized outside the event loop; ApiError where refused."""
         self.check_model(model)
-        self._worker.require_room()  # before the work of tokenizing
+        self._worker.check_queue()  # before the work of tokenizing
         ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._encode, prompt)
         most = self._settings.max_prompt_tokens
         if most and len(ids) > most:
@@ -104,21 +104,23 @@ class RequestHandler:
             )  # fmt: skip
         return ids
 
-    async def answer(self, request: Request, body: CompletionRequest | ChatRequest, ids, shape: Shape) -> Response:
-        """Wait for the turn; then the whole answer, or a stream as soon as there is something to send."""
-        job = Job(ids, self._new_tokens(body.tokens_asked, len(ids)), body.sampling, body.stops)
+    async def respond(
+        self, request: Request, body: CompletionRequest | ChatRequest, ids: torch.Tensor, builder: ResponseBuilder
+    ) -> Response:
+        """Queue the request for prompt `ids` [N]; the whole response, or a stream from the first text on."""
+        job = Job(ids, self._new_tokens(body.requested_tokens, len(ids)), body.sampling, body.stops)
         self._worker.submit(job)
         try:
             async with self._cancelled_when_gone(request, job):
-                events = [await job.next()]
+                events = [await job.next_event()]
                 while not body.stream and not isinstance(events[-1], Generation):
-                    events.append(await job.next())
+                    events.append(await job.next_event())
         except BaseException:
             self._worker.cancel(job)
             raise
         if body.stream:
-            return _EventStream(self._worker, job, shape.stream(job, events[0], usage=body.wants_usage))
-        return JSONResponse(shape.whole(events[-1]))
+            return _EventStream(self._worker, job, builder.chunks(job, events[0], usage=body.wants_usage))
+        return JSONResponse(builder.full(events[-1]))
 
     def _encode(self, prompt: str | list[int] | list[dict]) -> torch.Tensor:
         models = self._engine.models
@@ -128,33 +130,39 @@ class RequestHandler:
             return self._engine.encode_chat(prompt)
         else:
             ids = prompt
-            known = models.target.config.vocab_size
-            if any(not 0 <= token < known for token in ids):
-                raise ApiError(400, f"a token id lies outside 0 .. {known - 1}", param="prompt", code="invalid_value")
+            vocab_size = models.target.config.vocab_size
+            if any(not 0 <= token < vocab_size for token in ids):
+                raise ApiError(
+                    400, f"a token id lies outside 0 .. {vocab_size - 1}", param="prompt", code="invalid_value"
+                )
         if not ids:
             raise ApiError(400, "the prompt is empty; give at least one word", param="prompt", code="invalid_value")
         return torch.tensor(ids, device=models.device)
 
-    def _new_tokens(self, asked: int | None, prompt_tokens: int) -> int:
-        """New tokens to make at most; ApiError where the model or the server allows fewer than asked."""
+    def _new_tokens(self, requested: int | None, prompt_tokens: int) -> int:
+        """New tokens to generate at most; ApiError where the model holds fewer than requested.
+
+        The server's own limit shortens the response instead, whose finish reason is then "length".
+        """
         limit = self._engine.limit
-        room = limit - prompt_tokens
-        most = self._settings.max_new_tokens or limit
-        if asked is not None and asked > most:
+        if requested is not None and requested > limit:
             raise ApiError(
-                400, f"max_tokens is {asked}, this server makes at most {most}", param="max_tokens",
+                400, f"max_tokens is {requested}, this model holds {limit} tokens", param="max_tokens",
                 code="invalid_value",
             )  # fmt: skip
-        if room < (asked or 1):
+        available = limit - prompt_tokens
+        allowed = self._settings.max_new_tokens or limit
+        needed = 1 if requested is None else min(requested, allowed)
+        if available < needed:
             raise ApiError(
-                400, f"this model holds {limit} tokens; the prompt has {prompt_tokens} and {asked or 1} more are asked "
+                400, f"this model holds {limit} tokens; the prompt has {prompt_tokens} and {needed} more are asked "
                 "for. Shorten one of them", code="context_length_exceeded", param="prompt",
             )  # fmt: skip
-        return min(room, most) if asked is None else asked
+        return min(available, allowed, self._settings.default_max_tokens) if requested is None else needed
 
     @asynccontextmanager
     async def _cancelled_when_gone(self, request: Request, job: Job) -> AsyncIterator[None]:
-        """Inside, a client that hangs up ends its job; `job.next` then raises."""
+        """Inside, a client that hangs up ends its job; `job.next_event` then raises."""
 
         async def watch() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -169,7 +177,7 @@ class RequestHandler:
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; whatever ends the response ends the job."""
+    """Server-sent events; the job ends with the response, whatever ends that."""
 
     def __init__(self, worker: Worker, job: Job, chunks: AsyncIterator[dict]):
         super().__init__(_lines(chunks), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

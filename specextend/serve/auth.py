@@ -1,4 +1,4 @@
-"""What every request meets first: the key, the size of its body, and the count of what became of it."""
+"""Middleware in front of the routes: API key, size of the body, count of requests by status."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from specextend.serve.errors import ApiError
 from specextend.serve.metrics import CLIENT_GONE
 
-OPEN = ("/health",)  # paths that need no key
+PUBLIC_PATHS = ("/health",)  # need no key
 
 
 class AuthMiddleware:
-    """ASGI middleware; plain, so that a client's hanging up reaches the application.
+    """Plain ASGI middleware, so that a client's disconnect reaches the application.
 
     Args:
-        api_key: None asks for none.
-        count: told each request's status at its end.
+        api_key: clients must send it as bearer token; None: no key is needed.
+        count: called with each request's status at its end.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, count: Callable[[int], None]):
@@ -54,7 +54,7 @@ class AuthMiddleware:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        if self._key is not None and scope["path"] not in OPEN:
+        if self._key is not None and scope["path"] not in PUBLIC_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
             # compared whatever the rest looks like, in a time that tells nothing of the key
             same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API words them: {"error": {"message", "type", "param", "code"}}."""
+"""Errors of OpenAI's API: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_err
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        code: a word for programs; param: the request's field it is about.
+        code: a word for programs.
+        param: the request's field it is about.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: Exception) -> ApiError:
-        """A mistake of the client's in its own words; anything else without its details, which go to the log."""
+        """400 with its message for a client's mistake; for anything else 500, with the details in the log only."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, SpecExtendError):
@@ -51,7 +52,7 @@ class ApiError(Exception):
 
 
 def register(app: FastAPI) -> None:
-    """Every error leaves `app` in that shape."""
+    """Every error of `app` becomes an OpenAI error."""
 
     @app.exception_handler(ApiError)
     @app.exception_handler(SpecExtendError)

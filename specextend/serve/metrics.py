@@ -1,4 +1,4 @@
-"""What Prometheus may ask: tokens, speed, acceptance, waiting, memory, requests by status."""
+"""Prometheus metrics: tokens, speed, acceptance, queue, memory, requests by status."""
 
 from __future__ import annotations
 
@@ -14,42 +14,39 @@ CLIENT_GONE = 499  # as nginx counts them: the client closed the connection befo
 
 
 class Metrics:
-    """One server's figures, in a registry of their own.
+    """The metrics of one server, in a registry of their own.
 
     Args:
-        waiting, running, cache_bytes: read whenever somebody asks.
+        waiting, running: jobs in the queue and under way, read at every scrape.
     """
 
-    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], cache_bytes: Callable[[], int]):
+    def __init__(self, waiting: Callable[[], int], running: Callable[[], int]):
         self.registry = CollectorRegistry()
 
         def make(kind, name: str, text: str, *labels: str, **options):
             return kind(f"specextend_{name}", text, labels, registry=self.registry, **options)
 
         self.requests = make(Counter, "requests", "Requests answered, by HTTP status", "status")
-        self.prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens of finished answers")
-        self.tokens = make(Counter, "generated_tokens", "Tokens generated, those of abandoned answers included")
+        self.prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens of finished requests")
+        self.tokens = make(Counter, "generated_tokens", "Tokens generated, those of cancelled requests included")
         self.first_token = make(
             Histogram, "time_to_first_token_seconds", "From arrival, waiting included", buckets=SECONDS
         )
         self.speed = make(
-            Histogram, "decode_tokens_per_second", "Tokens per second after the first, by answer", buckets=SPEEDS
+            Histogram, "decode_tokens_per_second", "Tokens per second after the first, by request", buckets=SPEEDS
         )
         self.accepted = make(
             Histogram, "accepted_per_round", "Draft tokens accepted in a round", buckets=tuple(range(17))
         )
-        for name, text, read in (
-            ("queue_length", "Requests waiting for their turn", waiting),
-            ("running", "Answers under way", running),
-            ("cache_bytes", "Bytes of the target's key/value cache", cache_bytes),
-        ):
-            make(Gauge, name, text).set_function(read)
+        self.cache_bytes = make(Gauge, "cache_bytes", "Bytes of the target's key/value cache, as of the last round")
+        make(Gauge, "queue_length", "Requests waiting").set_function(waiting)
+        make(Gauge, "running", "Requests being decoded").set_function(running)
 
     def finished(self, result: Generation) -> None:
         self.prompt_tokens.inc(result.prompt_tokens)
         if result.rounds:
             self.speed.observe(result.decode_tokens_per_s)
 
-    def page(self) -> bytes:
-        """In Prometheus' text format."""
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""Requests as OpenAI's API has them; what this server does not do is refused by name, unless it asks for nothing."""
+"""Requests of OpenAI's API; unsupported fields are refused by name, unless their value is neutral."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from specextend.config import SamplingConfig
 
-# values of an unsupported field that ask for nothing
+# values of unsupported fields that change nothing
 NEUTRAL: dict[str, tuple] = {
     "n": (1,),
     "best_of": (1,),
@@ -44,7 +44,7 @@ class StreamOptions(BaseModel):
 
 
 class _Request(BaseModel):
-    """What both kinds of request share.
+    """Fields of both kinds of request.
 
     Args:
         top_k: ours, as other servers have it; 0 is off.
@@ -65,7 +65,7 @@ class _Request(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_what_is_done(cls, fields: Any) -> Any:
+    def _refuse_unsupported(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         for name, neutral in NEUTRAL.items():
@@ -101,12 +101,12 @@ class _Request(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def tokens_asked(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         return self.max_tokens
 
 
 class CompletionRequest(_Request):
-    """`POST /v1/completions`; the prompt is read as it is, no conversation template around it."""
+    """`POST /v1/completions`; the prompt as it is, without a conversation template."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
 
@@ -122,7 +122,7 @@ class CompletionRequest(_Request):
         return prompt
 
     @property
-    def tokens_asked(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens  # OpenAI's default
 
 
@@ -151,7 +151,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(_Request):
-    """`POST /v1/chat/completions`; without a limit the answer may be as long as the server allows."""
+    """`POST /v1/chat/completions`; without a limit the server's `default_max_tokens` holds."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -162,7 +162,7 @@ class ChatRequest(_Request):
         return [{"role": names.get(one.role, one.role), "content": one.text} for one in self.messages]
 
     @property
-    def tokens_asked(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 

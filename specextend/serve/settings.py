@@ -1,4 +1,4 @@
-"""What a server allows, checked once."""
+"""Limits and identity of a server, checked once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ class Settings:
     Args:
         model_id: the model's name towards clients.
         api_key: what clients must send as bearer token; None: nobody is asked, and only this machine is served.
-        max_waiting: requests that may wait for the one being answered; more are turned away with 429.
-        max_prompt_tokens, max_new_tokens: per request; 0: as many as the model holds.
+        max_waiting: requests that may wait for the one being decoded; more are refused with 429.
+        max_prompt_tokens: a longer prompt is refused; 0: as many as the model holds.
+        max_new_tokens: a longer response is cut there; 0: as many as the model holds.
+        default_max_tokens: new tokens of a chat response where the request gives no limit.
         max_body_bytes: of a request.
-        grace_s: seconds a stop waits for the answer under way.
+        grace_s: seconds a stop waits for the request being decoded.
     """
 
     model_id: str
@@ -27,11 +29,15 @@ class Settings:
     max_waiting: int = 64
     max_prompt_tokens: int = 0
     max_new_tokens: int = 0
+    default_max_tokens: int = 1024
     max_body_bytes: int = 4 * 2**20
     grace_s: float = 30.0
 
     def __post_init__(self) -> None:
-        least = {"max_waiting": 1, "max_prompt_tokens": 0, "max_new_tokens": 0, "max_body_bytes": 1, "grace_s": 0}
+        least = {
+            "max_waiting": 1, "max_prompt_tokens": 0, "max_new_tokens": 0, "default_max_tokens": 1, "max_body_bytes": 1,
+            "grace_s": 0,
+        }  # fmt: skip
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")

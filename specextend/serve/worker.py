@@ -1,4 +1,4 @@
-"""The thread that decodes: one answer at a time, in the order of arrival, the others in a bounded queue."""
+"""The decoding thread: one request at a time, in the order of arrival; the others wait in a bounded queue."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cancelled(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One answer to give, made on the event loop that waits for it.
+    """A request under way, created on the event loop that waits for it.
 
     Args:
         ids: [N] prompt.
@@ -37,13 +37,13 @@ class Job:
     arrived: float = field(default_factory=time.perf_counter)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    error: ApiError | None = None  # why it was given up
+    error: ApiError | None = None  # why it was cancelled
 
-    def tell(self, event: str | Generation | Exception) -> None:
-        """Hand a round's text, the result or a failure to the event loop; from any thread."""
+    def send(self, event: str | Generation | Exception) -> None:
+        """Pass a round's text, the result or a failure to the event loop; from any thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def next(self) -> str | Generation:
+    async def next_event(self) -> str | Generation:
         """The next piece of text, or the result, which is the last; raises what went wrong."""
         event = await self._events.get()
         if isinstance(event, Exception):
@@ -65,7 +65,7 @@ class Worker:
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
-        self.metrics = Metrics(lambda: len(self._waiting), lambda: int(self.busy), lambda: engine.cache_bytes)
+        self.metrics = Metrics(lambda: len(self._waiting), lambda: int(self.busy))
 
     @property
     def busy(self) -> bool:
@@ -79,13 +79,13 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job, if there is room for it."""
+        """Queue a job; ApiError where the queue is full or the server is stopping."""
         with self._changed:
-            self.require_room()
+            self.check_queue()
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def require_room(self) -> None:
+    def check_queue(self) -> None:
         """ApiError 429 where too many wait, 503 where the server is stopping."""
         if self._stopping:
             raise _stopping()
@@ -96,15 +96,15 @@ class Worker:
             )  # fmt: skip
 
     def cancel(self, job: Job, error: ApiError | None = None) -> None:
-        """Give a job up: at once if it waits, at the end of its round if it runs; nothing if it is done."""
+        """End a job: at once if it waits, after its round if it runs; nothing if it is done."""
         with self._changed:
             job.error = job.error or error or ApiError(CLIENT_GONE, "the client has gone")
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.tell(job.error)
+                job.send(job.error)
 
     def drain(self) -> None:
-        """Take no more jobs, turn away those that wait; the running one goes on."""
+        """Refuse new and waiting jobs; the running one goes on."""
         with self._changed:
             self._stopping = True
             for job in list(self._waiting):
@@ -112,7 +112,7 @@ class Worker:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Drain, give up what still runs, and end the thread."""
+        """Drain, cancel what still runs, and end the thread."""
         self.drain()
         with self._changed:
             if self._running is not None:
@@ -120,21 +120,21 @@ class Worker:
         self._thread.join()
 
     def _retry_after(self) -> int:
-        """Seconds until the running answer may be done, a guess."""
+        """Seconds until the running job may be done: a guess, as long as it has taken so far."""
         running = self._running
         return max(1, round(time.perf_counter() - running.arrived)) if running else 1
 
     def _work(self) -> None:
         while (job := self._take()) is not None:
             try:
-                event: Generation | Exception = self._answer(job)
+                event: Generation | Exception = self._generate(job)
             except Cancelled:
                 event = job.error
             except Exception as error:  # the thread must outlive any request
                 event = ApiError.of(error)
             with self._changed:
                 self._running = None
-            job.tell(event)
+            job.send(event)
 
     def _take(self) -> Job | None:
         """The next job, now running; None when there will be no more."""
@@ -143,7 +143,7 @@ class Worker:
             self._running = self._waiting.popleft() if self._waiting else None
             return self._running
 
-    def _answer(self, job: Job) -> Generation:
+    def _generate(self, job: Job) -> Generation:
         if job.error is not None:
             raise Cancelled
         text: TextStream | None = None
@@ -155,12 +155,14 @@ class Worker:
                 self.metrics.first_token.observe(time.perf_counter() - job.arrived)
             else:
                 self.metrics.accepted.observe(round_.accepted)
+            # set here, where no cache is growing, rather than read by whoever asks for the metrics
+            self.metrics.cache_bytes.set(self._engine.cache_bytes)
             self.metrics.tokens.inc(len(round_.tokens) if round_ else 1)
             if job.error is not None:
                 raise Cancelled
             piece = text.push(output.token_ids, last=output.finished)
             if piece:
-                job.tell(piece)
+                job.send(piece)
 
         result = self._engine.generate(
             job.ids, job.max_new_tokens, sampling=job.sampling, stop=job.stop, on_round=on_round

@@ -9,18 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from specextend.cli import flags
+
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def app(monkeypatch, capsys):
-    """app(*flags): (status, stderr) of `app.py`, which is expected to end by itself."""
+    """app(*given): (status, stderr) of `app.py`, which is expected to end by itself."""
     spec = importlib.util.spec_from_file_location("app", ROOT / "app.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def call(*flags: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["app.py", *flags])
+    def call(*given: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["app.py", *given])
         with pytest.raises(SystemExit) as exit_:
             flags.run(module.main)
         return exit_.value.code, capsys.readouterr().err
@@ -39,7 +41,7 @@ def test_port_that_is_taken_gives_one_line_and_status_2(app):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "given, message",
     [
         ("-m no-such-model", "no-such-model"),
         ("--device tpu", "tpu"),
@@ -47,9 +49,9 @@ def test_port_that_is_taken_gives_one_line_and_status_2(app):
         ("--port 99999", "99999"),
     ],
 )
-def test_bad_flag_gives_one_line_and_status_2(flags, message, app):
+def test_bad_flag_gives_one_line_and_status_2(given, message, app):
     pytest.importorskip("gradio")
-    status, error = app(*flags.split())
+    status, error = app(*given.split())
     assert status == 2 and message in error and error.count("\n") == 1 and "Traceback" not in error
 
 

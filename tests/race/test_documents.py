@@ -37,6 +37,15 @@ def pdf_of(*texts: str) -> bytes:
     )  # fmt: skip
 
 
+def test_message_names_the_document_and_not_its_place_on_the_server(tmp_path):
+    path = tmp_path / "notes.txt"
+    for make in (lambda: path.write_bytes(b"caf\xe9"), path.unlink):
+        make()
+        with pytest.raises(InputError, match="notes.txt") as refused:
+            read_document(path, 100)
+        assert str(tmp_path) not in str(refused.value) and "notes.txt" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", ["text.txt", "text.md", "TEXT.TXT"])
 def test_text_is_read_as_it_is(name, tmp_path):
     (tmp_path / name).write_bytes("\ufeff# Titel\r\n\r\nGröße </script> 漢字".encode())

@@ -95,10 +95,41 @@ def test_progress_names_each_lane_in_turn_and_counts_its_tokens(track, prompt):
     seen: list[Progress] = []
     track.run(prompt, 8, report=seen.append)
     turns = list(dict.fromkeys(one.label for one in seen))
+    turns[1:4] = sorted(turns[1:4])  # their order alternates
     assert turns == [
-        "Warming up", "Autoregressive", "Standard speculative", "SpecExtend", "Chunks the draft read",
+        "Warming up", "Autoregressive", "SpecExtend", "Standard speculative", "Chunks the draft read",
     ]  # fmt: skip
     assert [one.tokens for one in seen if one.label == "Autoregressive"] == [None, *range(1, 9)]
+
+
+def test_order_of_the_lanes_alternates_and_that_of_the_record_does_not(engine, prompt):
+    track, orders = Racetrack(engine), []
+    for _ in range(3):
+        seen: list[Progress] = []
+        lanes = [lane.label for lane in track.run(prompt, 4, report=seen.append).lanes]
+        assert lanes == ["Autoregressive", "Standard speculative", "SpecExtend"]
+        orders.append(list(dict.fromkeys(one.label for one in seen if one.label in lanes)))
+    assert orders == [lanes, lanes[::-1], lanes]
+
+
+def test_every_lane_is_warmed_up_at_the_races_own_length(engine, prompt):
+    track, calls = Racetrack(engine), []
+
+    def recorded(name: str, generate):
+        def call(ids, new_tokens, **options) -> Generation:
+            calls.append((name, len(ids), new_tokens, []))
+            on_round = options.pop("on_round")
+            count = calls[-1][-1]
+            return generate(ids, new_tokens, on_round=lambda *at: (count.append(at[1]), on_round(*at)), **options)
+
+        return call
+
+    track._lanes = {name: recorded(name, generate) for name, generate in track._lanes.items()}
+    track.run(prompt, NEW)
+    assert [call[:3] for call in calls] == 2 * [(name, len(prompt.ids), NEW) for name in track._lanes]
+    rounds = [len(call[3]) - 1 for call in calls]
+    assert rounds[0] == 6 and rounds[3] == NEW - 1, "a warm-up is a few rounds, not a second race"
+    assert all(short <= 6 for short in rounds[:3]) and rounds[2] > 4, "the working cache is refreshed in it"
 
 
 def test_race_that_was_stopped_leaves_nothing_to_the_next(track, race, prompt):

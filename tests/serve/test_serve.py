@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import signal
 import socket
@@ -24,6 +25,7 @@ import uvicorn  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import specextend  # noqa: E402
+from specextend.cli import flags  # noqa: E402
 from specextend.config import SamplingConfig  # noqa: E402
 from specextend.decoding.output import Output  # noqa: E402
 from specextend.errors import ConfigError  # noqa: E402
@@ -34,6 +36,7 @@ from specextend.serve.settings import check_host  # noqa: E402
 ROOT = Path(__file__).parents[2]
 MODEL = "bundled"
 PROMPT = "The king said that the"
+CHAT = {"model": "bundled", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Server:
@@ -93,7 +96,11 @@ class Scripted:
 
     def __init__(self, models, octets: bytes = b"x" * 400, per_round: int = 3, pace: float = 0.0):
         self.models, self._octets, self._per_round, self._pace = models, octets, per_round, pace
-        self.limit, self.cache_bytes, self.rounds_run, self.fail = 1000, 0, 0, None
+        self.limit, self.rounds_run, self.fail = 1000, 0, None
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0
 
     def encode_chat(self, messages):
         return torch.tensor([len(messages)])
@@ -453,9 +460,38 @@ def test_prompt_of_50000_tokens_is_a_clear_400(server, bundled_engine):
 def test_limits_on_prompt_and_answer_are_the_servers(scripted):
     server, _ = scripted(settings={"max_prompt_tokens": 5, "max_new_tokens": 7})
     assert server.post(request(prompt=[5] * 6, max_tokens=3)).json()["error"]["code"] == "context_length_exceeded"
-    assert "at most 7" in server.post(request(prompt=[5] * 5, max_tokens=8)).json()["error"]["message"]
-    chat = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
-    assert server.post(chat, "/v1/chat/completions").json()["usage"]["completion_tokens"] == 7
+    longer = server.post(request(prompt=[5] * 5, max_tokens=256)).json()  # what clients send by default
+    assert longer["usage"]["completion_tokens"] == 7 and longer["choices"][0]["finish_reason"] == "length"
+    assert server.post(CHAT, "/v1/chat/completions").json()["usage"]["completion_tokens"] == 7
+
+
+def new_tokens_of_a_chat(server: Server, **changes) -> int:
+    return server.post(CHAT | changes, "/v1/chat/completions").json()["usage"]["completion_tokens"]
+
+
+def test_chat_without_a_limit_gets_the_servers_default_and_no_more_than_the_model_holds(scripted):
+    server, _ = scripted(settings={"default_max_tokens": 30})
+    assert new_tokens_of_a_chat(server) == 30
+    assert new_tokens_of_a_chat(server, max_completion_tokens=35) == 35
+    server, engine = scripted(settings={"default_max_tokens": 30})
+    engine.limit = 21  # the prompt of a scripted chat has one token
+    assert new_tokens_of_a_chat(server) == 20
+
+
+def test_chat_without_a_limit_reserves_a_part_of_the_context(bundled_engine):
+    asked = []
+
+    class Recorded:
+        models, limit, encode_chat = bundled_engine.models, bundled_engine.limit, bundled_engine.encode_chat
+        cache_bytes = 0
+
+        def generate(self, ids, max_new_tokens, **options):
+            asked.append(max_new_tokens)
+            return bundled_engine.generate(ids, 4, **options)
+
+    with Server(Recorded()) as server:
+        new_tokens_of_a_chat(server)
+    assert asked == [1024] and bundled_engine.limit > 4096
 
 
 # ---- keys
@@ -518,6 +554,34 @@ def test_metrics_count_what_happened(scripted):
         assert f"specextend_{name}" in page.text
 
 
+def test_metrics_are_read_while_the_cache_grows(scripted):
+    """Between the old buffer and the new one there is none; only the decoding thread knows when."""
+    server, engine = scripted(pace=0.02)
+
+    class Growing(type(engine)):
+        @property
+        def cache_bytes(self) -> int:
+            if threading.current_thread().name != "decode":
+                raise AttributeError("'NoneType' object has no attribute 'nbytes'")
+            return 4096
+
+    engine.__class__ = Growing
+    connection = server.send(request(max_tokens=300, stream=True))
+    wait_for(lambda: engine.rounds_run >= 1)
+    page = httpx.get(f"{server.url}/metrics")
+    assert page.status_code == 200 and "specextend_cache_bytes 4096.0" in page.text
+    connection.close()
+
+
+def test_settings_of_a_request_are_forgotten_with_it(scripted):
+    server, _ = scripted()
+    for step in range(1, 21):
+        server.post(request(max_tokens=3, temperature=step / 10, top_p=step / 20, top_k=step))
+    gc.collect()
+    alive = [one for one in gc.get_objects() if type(one) is SamplingConfig and one.top_k in range(1, 21)]
+    assert len(alive) <= 1, "the last request's may be on a stack"
+
+
 # ---- the program
 
 
@@ -562,7 +626,7 @@ def test_stop_gives_up_an_answer_that_takes_too_long():
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "given, message",
     [
         (("--host", "0.0.0.0"), "no API key is set"),
         (("--api_key", ""), "API key is empty"),
@@ -571,13 +635,13 @@ def test_stop_gives_up_an_answer_that_takes_too_long():
         (("--port", "TAKEN"), "cannot be listened on"),
         (("--port", "99999"), "cannot be listened on"),
         (("--max_waiting", "0"), "max_waiting is 0"),
+        (("--default_max_tokens", "0"), "default_max_tokens is 0"),
         (("--nodez", "0"), "unrecognized arguments"),
     ],
     ids=str,
 )
-def test_mistakes_on_the_command_line_are_a_line_and_status_2(flags, message, server, monkeypatch, capsys):
-    flags = [str(server.port) if flag == "TAKEN" else flag for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["serve", *flags])
+def test_mistakes_on_the_command_line_are_a_line_and_status_2(given, message, server, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["serve", *(str(server.port) if one == "TAKEN" else one for one in given)])
     with pytest.raises(SystemExit) as exited:
         flags.run(serve_main.main)
     error = capsys.readouterr().err
