@@ -181,6 +181,11 @@ def make_engine() -> Callable[..., SpecExtend]:
     return make
 
 
+def backend_of(engine: SpecExtend):
+    """The backend that an engine speculates with, for tests that look inside."""
+    return engine._speculative.args[0]
+
+
 @pytest.fixture(scope="session")
 def make_prompt() -> Callable[..., torch.Tensor]:
     """make_prompt(length, seed): random token ids [N]."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import backend_of
 
 from specextend.cli import commands, flags
 from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
@@ -81,7 +82,7 @@ def test_self_speculation_that_keeps_everything_is_always_right(
 def test_self_speculation_drafts_from_a_part_of_the_cache(method, engine_of, make_prompt):
     engine = engine_of(method)
     engine.generate(make_prompt(300), NEW)
-    assert 40 < engine._drafter._sparse.cache.length < 48 + 3 * 7 < 300  # the newest chunk may be short
+    assert 40 < backend_of(engine)._drafter._sparse.cache.length < 48 + 3 * 7 < 300  # the newest chunk may be short
 
 
 def test_autoregressive_methods_take_one_round_per_token(engine_of, make_prompt):
@@ -212,14 +213,14 @@ def test_list_methods_prints_a_line_each_and_exits_0(capsys):
 def test_a_self_draft_over_the_full_cache_is_refused():
     assert "full" in DRAFT_CACHES
     with pytest.raises(ConfigError, match="the target itself"):
-        SpecExtendConfig(draft="self")
+        SpecExtendConfig(drafting="self")
 
 
 def test_an_eagle_head_is_no_small_draft_for_the_sparse_target(engine_of):
     engine = engine_of("triforce")
     head = type("Head", (), {"tap": object()})()
     with pytest.raises(ConfigError, match="triforce drafts with a small LM"):
-        HierarchicalDrafter(head, engine._drafter._sparse, engine.config)
+        HierarchicalDrafter(head, backend_of(engine)._drafter._sparse, engine.config)
 
 
 @pytest.mark.parametrize("kind", ["mha", "qwen3", "llama3", "dynamic"])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from specextend.config import SamplingConfig, SpecExtendConfig
 from specextend.data.encoded import EncodedPrompt
+from specextend.decoding.observer import Observer
 from specextend.decoding.output import Generation, Output, Round
 from specextend.decoding.text import TextStream
-from specextend.drafting.retrieval import Retriever, num_chunks
+from specextend.drafting.retrieval import num_chunks
 from specextend.engine import GREEDY, SpecExtend
 from specextend.errors import ModelError
 
@@ -139,7 +140,6 @@ class Racetrack:
             "standard": standard.generate,
             "specextend": engine.generate,
         }
-        self._watched = WatchedSpecExtend(engine)
         self._races = 0
 
     def run(
@@ -161,7 +161,8 @@ class Racetrack:
             results[method] = self._lanes[method](prompt.ids, new_tokens, sampling=sampling, on_round=on_round)
         on_round = _reporter(report, "Chunks the draft read", new_tokens)
         on_round(None, None)
-        seen = self._watched.generate(prompt.ids, new_tokens, sampling=sampling, on_round=on_round)
+        observer = SelectionObserver(self.engine.config.retrieval.chunk_size)
+        seen = self.engine.generate(prompt.ids, new_tokens, sampling=sampling, on_round=on_round, observer=observer)
         models, config = self.engine.models, self.engine.config
         return Race(
             source=prompt.source,
@@ -177,7 +178,7 @@ class Racetrack:
             seed=sampling.seed,
             chunk_size=config.retrieval.chunk_size,
             lanes=[self._lane(method, results[method]) for method in self._lanes],
-            selections=self._watched.selections() if _same_rounds(seen, results["specextend"]) else [],
+            selections=observer.selections if _same_rounds(seen, results["specextend"]) else [],
             differs_at=differs_at([results[method].token_ids for method in self._lanes]),
         )
 
@@ -235,43 +236,20 @@ def differs_at(outputs: Sequence[Sequence[int]]) -> int | None:
     return next((position for position, tokens in columns if len(set(tokens)) > 1), None)
 
 
-class WatchedSpecExtend(SpecExtend):
-    """The same engine without captured graphs, whose draft's selections can be looked at."""
+class SelectionObserver(Observer):
+    """Notes what the draft reads, refresh after refresh.
 
-    def __init__(self, engine: SpecExtend):
-        super().__init__(engine.models, engine.config, cache=engine._cache, eager=True)
-        self._retriever = self._recorder = RecordingRetriever(self._retriever)
+    Args:
+        chunk_size: tokens per chunk.
+    """
 
-    def generate(self, *args, **options) -> Generation:
-        self._recorder.seen.clear()
-        return super().generate(*args, **options)
+    def __init__(self, chunk_size: int):
+        self._size = chunk_size
+        self.selections: list[Selection] = []
 
-    def selections(self) -> list[Selection]:
-        """What the draft read in the last generation."""
-        size = self.config.retrieval.chunk_size
-        return [
-            Selection(round_, torch.unique(positions // size).tolist(), num_chunks(length, size))
-            for round_, positions, length in self._recorder.seen
-        ]
-
-
-class RecordingRetriever:
-    """Another retriever, and what it chose: round, positions [m] and length of the context at each refresh."""
-
-    def __init__(self, inner: Retriever):
-        self._inner = inner
-        self.reads_attention, self.config = inner.reads_attention, inner.config
-        self.seen: list[tuple[int, Tensor, int]] = []
-        self._round = 0
-
-    def is_due(self, rounds: int, length: int) -> bool:
-        self._round = rounds
-        return self._inner.is_due(rounds, length)
-
-    def select(self, attention: Callable[[], Tensor], length: int) -> Tensor:
-        positions = self._inner.select(attention, length)
-        self.seen.append((self._round, positions, length))
-        return positions
+    def refreshed(self, round: int, positions: Tensor, context: int) -> None:
+        chunks = torch.unique(positions // self._size).tolist()
+        self.selections.append(Selection(round, chunks, num_chunks(context, self._size)))
 
 
 def _same_rounds(left: Generation, right: Generation) -> bool:

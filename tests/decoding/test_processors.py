@@ -47,25 +47,35 @@ def test_processor_that_changes_nothing_leaves_every_round_as_it_is(sampling, en
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 def test_processed_tokens_do_not_depend_on_who_drafts(sampling, engine, make_prompt):
     prompt, rules = make_prompt(60), [RepetitionPenaltyLogitsProcessor(1.5)]
-    alone = engine.with_config(SpecExtendConfig(draft="none")).generate(
+    alone = engine.with_config(SpecExtendConfig(drafting="none")).generate(
         prompt, NEW, sampling=sampling, processors=rules
     )
     assert alone.accepted_per_round == 0
-    for config in (CONFIG, SpecExtendConfig.standard(tree=TreeConfig(6, 3, 0)), SpecExtendConfig(draft="lookup")):
+    for config in (CONFIG, SpecExtendConfig.standard(tree=TreeConfig(6, 3, 0)), SpecExtendConfig(drafting="lookup")):
         other = engine.with_config(config).generate(prompt, NEW, sampling=sampling, processors=rules)
         assert other.token_ids == alone.token_ids
     assert alone.token_ids != engine.generate(prompt, NEW, sampling=sampling).token_ids
 
 
-def test_processors_pass_by_loops_that_know_none(engine, make_prompt, monkeypatch):
-    """A captured loop stands in `_speculative`: it decodes unless there are processors."""
-    called = []
-    plain = engine._speculative
-    monkeypatch.setattr(engine, "_speculative", lambda *request: called.append(request) or plain(*request))
-    engine.generate(make_prompt(20), 4, processors=[Watching()])
-    assert not called
-    engine.generate(make_prompt(20), 4)
-    assert len(called) == 1
+def test_processors_are_never_called_past_the_end(engine, make_prompt):
+    """A processor of a grammar has nothing to say behind an end, and a stopping rule is asked once per token."""
+    lengths, asked, prompt = [], [], make_prompt(20)
+
+    class Counting(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            lengths.append(input_ids.shape[1] - len(prompt))
+            return scores
+
+    def until(token_ids: list[int]) -> bool:
+        asked.append(len(token_ids))
+        return len(token_ids) == 6
+
+    draft_agrees = engine.with_config(SpecExtendConfig.specextend(tree=TreeConfig(9, 9, 0)))
+    result = draft_agrees.generate(prompt, NEW, processors=[Counting()], until=until)
+    assert result.new_tokens == 6 and lengths == list(range(6)) and asked == list(range(1, 7))
+    lengths.clear()
+    draft_agrees.generate(prompt, 4, processors=[Counting()])
+    assert lengths == list(range(4))
 
 
 def test_until_is_asked_after_every_token_and_ends_there(engine, make_prompt):

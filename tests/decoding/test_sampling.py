@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from specextend.config import SamplingConfig
-from specextend.decoding.loop import autoregressive, speculative
+from specextend.config import RoundSlots, SamplingConfig
+from specextend.decoding.eager import EagerBackend
+from specextend.decoding.loop import decode
 from specextend.decoding.output import Output
 from specextend.decoding.sampling import Sampler, chooser, filtered, greedy
+from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import NoRetrieval
 from specextend.errors import ConfigError
 from specextend.trees.acceptance import Accepted, accept
@@ -131,37 +134,43 @@ def test_most_probable_token_always_stays():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-38])
 def test_temperature_near_zero_is_the_argmax(temperature):
     logits = torch.tensor([[60.0, 70.0, 69.0], [-70.0, -80.0, -60.0]])
-    chosen = Sampler(SamplingConfig(temperature))(logits, 0, torch.tensor([0, 1]))
+    chosen = Sampler(SamplingConfig(temperature), 2)(logits, at_depths(0, 1), 0)
     assert chosen.tolist() == [1, 2]
 
 
 def test_largest_seed_is_a_seed():
-    assert Sampler(SamplingConfig(1.0, seed=2**63 - 1))(torch.zeros(1, 9), 0, torch.zeros(1, dtype=torch.long)) < 9
+    assert Sampler(SamplingConfig(1.0, seed=2**63 - 1), 1)(torch.zeros(1, 9), at_depths(0), 0) < 9
+
+
+def at_depths(*depth: int) -> DraftTree:
+    """Nodes at these depths, whatever their tokens."""
+    zeros = torch.zeros(len(depth), dtype=torch.long)
+    return DraftTree(zeros, zeros - 1, torch.tensor(depth), torch.eye(len(depth), dtype=torch.bool))
 
 
 def test_sampler_noise_does_not_depend_on_how_many_rows_are_asked_for():
     sampling = SamplingConfig(1.0, seed=11)
     logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    one_by_one, at_once, in_rounds = Sampler(sampling), Sampler(sampling), Sampler(sampling)
-    singly = [int(one_by_one(logits[n : n + 1], n, torch.zeros(1, dtype=torch.long))) for n in range(20)]
-    assert at_once(logits, 0, torch.arange(20)).tolist() == singly
+    one_by_one, at_once, in_rounds = Sampler(sampling, 1), Sampler(sampling, 20), Sampler(sampling, 9)
+    singly = [int(one_by_one(logits[n : n + 1], at_depths(0), n)) for n in range(20)]
+    assert at_once(logits, at_depths(*range(20)), 0).tolist() == singly
     first, chosen = 0, []
     for kept, depth in ((1, 5), (4, 6), (1, 1), (6, 9), (8, 8)):  # looks `depth` rows ahead, keeps fewer
         ahead = torch.arange(depth).clamp(max=20 - first - 1)
-        chosen += in_rounds(logits[first + ahead], first, ahead).tolist()[:kept]
+        chosen += in_rounds(logits[first + ahead], at_depths(*ahead.tolist()), first).tolist()[:kept]
         first += kept
     assert chosen == singly
 
 
 def test_tree_nodes_of_one_depth_share_their_noise():
-    sampler, logits = Sampler(SamplingConfig(1.0, seed=1)), torch.zeros(3, 1000)
-    chosen = sampler(logits, 5, torch.tensor([0, 1, 1])).tolist()
+    sampler, logits = Sampler(SamplingConfig(1.0, seed=1), 2), torch.zeros(3, 1000)
+    chosen = sampler(logits, at_depths(0, 1, 1), 5).tolist()
     assert chosen[1] == chosen[2] != chosen[0]
 
 
 def test_seed_decides_the_sample():
-    logits, depth = torch.zeros(8, 1000), torch.arange(8)
-    draws = [Sampler(SamplingConfig(1.0, seed=seed))(logits, 0, depth).tolist() for seed in (1, 1, 2)]
+    logits, nodes = torch.zeros(8, 1000), at_depths(*range(8))
+    draws = [Sampler(SamplingConfig(1.0, seed=seed), 8)(logits, nodes, 0).tolist() for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -169,7 +178,7 @@ def test_temperature_zero_is_the_argmax():
     choose = chooser(SamplingConfig())
     assert choose is greedy
     logits = torch.tensor([[0.1, 0.3, 0.2], [5.0, 1.0, 5.0]])
-    assert choose(logits, 7, torch.tensor([0, 1])).tolist() == [1, 0], "a tie goes to the lower id"
+    assert choose(logits, at_depths(0, 1), 7).tolist() == [1, 0], "a tie goes to the lower id"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +210,7 @@ class MarkovTarget:
     """Logits after a token are a row of a table [V, V]: the exact distribution of any continuation is known."""
 
     def __init__(self, table: Tensor):
-        self.table = table
+        self.table, self.model = table, SimpleNamespace(device=table.device)
 
     def prefill(self, prompt: Tensor, room: int) -> Tensor:
         return self.table[prompt[-1:]]
@@ -213,10 +222,8 @@ class MarkovTarget:
         pass
 
 
-class FixedDrafter:
+class FixedDrafter(Drafter):
     """Proposes the same shape and tokens below whatever root; sometimes right, since some tokens are likely."""
-
-    context = 0
 
     def __init__(self, parents: list[int], tokens: list[int]):
         self._tree = DraftTree.from_parents(torch.tensor([START, *tokens]), torch.tensor([-1, *parents]))
@@ -251,13 +258,9 @@ def markov_table() -> Tensor:
 
 
 def run(method: str, target: MarkovTarget, drafter, sampling: SamplingConfig, new_tokens: int = 3) -> Output:
-    output = Output(1, new_tokens, 0, frozenset(), (), str, lambda: None)
-    prompt = torch.tensor([START])
-    if method == "speculative":
-        rounds = speculative(target, drafter, NoRetrieval(), chooser(sampling), prompt, output)
-    else:
-        rounds = autoregressive(target, chooser(sampling), prompt, output)
-    for _ in rounds:
+    output = Output(torch.tensor([START]), new_tokens, frozenset(), (), str, choose=chooser(sampling, depth=3))
+    drafter = drafter if method == "speculative" else Drafter()
+    for _ in decode(EagerBackend(target, drafter, NoRetrieval(), RoundSlots(8, 4, 0, None)), output):
         pass
     return output
 

@@ -15,7 +15,6 @@ from specextend.drafting.retrieval import (
     CrossModelRetrieval,
     NoRetrieval,
     StreamingWindow,
-    chunk_positions,
     chunk_scores,
     num_chunks,
     retriever,
@@ -95,14 +94,6 @@ def test_chunk_scores_are_plain_means(attention, chunk_size):
     chunks = [attention[start : start + chunk_size] for start in range(0, len(attention), chunk_size)]
     assert scores.tolist() == pytest.approx([sum(chunk) / len(chunk) for chunk in chunks], abs=1e-5)
     assert scores.dtype == torch.float32 and len(scores) == num_chunks(len(attention), chunk_size)
-
-
-@given(st.integers(1, 200), st.integers(1, 40), st.randoms(use_true_random=False))
-def test_chunk_positions_are_those_of_the_chunks_and_ascend(length, chunk_size, random):
-    count = num_chunks(length, chunk_size)
-    chunks = sorted(random.sample(range(count), random.randint(1, count)))
-    expected = [position for position in range(length) if position // chunk_size in chunks]
-    assert chunk_positions(torch.tensor(chunks), chunk_size, length).tolist() == expected
 
 
 @settings(max_examples=150)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import backend_of
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eagle import weights as weights_module
 from eagle.drafter import EagleDrafter
 from eagle.weights import load_head, save_head
-from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
@@ -230,7 +231,7 @@ def test_every_level_of_every_round_is_what_a_straight_line_gives(kind, kept, lo
     tree = TreeConfig(nodes=6, max_depth=3, threshold=0)
     config = SpecExtendConfig(draft_cache="retrieval" if kept else "full", tree=tree)
     drafter = Spy(head, config, VOCAB, target=target)
-    engine_target = engine_of(target, head, config)._target
+    engine_target = backend_of(engine_of(target, head, config))._target
     engine_target._tap = drafter.tap
     prompt, first = make_prompt(15), torch.tensor(5)
     hf = hf_twin(target)
@@ -284,7 +285,7 @@ def test_norm_before_residual_of_the_speculators_format(tmp_path, target_of, eng
     ids = make_prompt(9)
     features = features_of(hf_twin(target), ids, True)
     drafter = EagleDrafter(head, SpecExtendConfig(tree=TreeConfig(4, 1, 0)), VOCAB, target=target)
-    engine_target = engine_of(target, head, SpecExtendConfig())._target
+    engine_target = backend_of(engine_of(target, head, SpecExtendConfig()))._target
     engine_target._tap = drafter.tap
     engine_target.prefill(ids, 50)
     drafter.prefill(ids, torch.tensor(3), 50)
@@ -295,11 +296,11 @@ def test_norm_before_residual_of_the_speculators_format(tmp_path, target_of, eng
 
 def test_tap_reads_the_stream_that_enters_the_final_norm(target_of, engine_of, make_prompt):
     target = target_of(2)
-    engine = engine_of(target, None, SpecExtendConfig())
+    engine = engine_of(target, None, SpecExtendConfig(drafting="none"))
     end, normed = FeatureTap(target, [LAYERS]), FeatureTap(target, None)
     for tap in (end, normed):
-        engine._target._tap = tap
-        engine._target.prefill(make_prompt(6), 10)
+        backend_of(engine)._target._tap = tap
+        backend_of(engine)._target.prefill(make_prompt(6), 10)
     torch.testing.assert_close(target.model.norm(end.take()), normed.take())
 
 
@@ -307,7 +308,8 @@ def test_tap_is_silent_outside_of_the_target_that_owns_it(load, engine_of, make_
     head, _, target = load("eagle3")
     engine = engine_of(target, head, SpecExtendConfig(tree=TreeConfig(4, 2, 0)))
     engine.autoregressive(make_prompt(5), 4)
-    assert not engine._drafter.tap._runs and not any(layer._forward_pre_hooks for layer in target.model.layers)
+    assert not backend_of(engine)._drafter.tap._runs
+    assert not any(layer._forward_pre_hooks for layer in target.model.layers)
 
 
 # ---- lossless
@@ -340,7 +342,6 @@ def test_output_is_the_targets_whatever_the_head_and_the_prompt(kind, setting, l
 @pytest.mark.parametrize("kind", ["eagle1", "eagle3-gqa"])
 def test_captured_rounds_are_the_rounds_of_the_loop(kind, load, engine_of, make_prompt, monkeypatch):
     pytest.importorskip("triton")
-    from specextend.decoding.graphs import CapturedSpeculation
 
     monkeypatch.setattr(weights_module, "pack_linears", lambda head: None)  # the kernels read plain weights
     head, _, target = load(kind)
@@ -349,14 +350,12 @@ def test_captured_rounds_are_the_rounds_of_the_loop(kind, load, engine_of, make_
         flash_prefill=True, hybrid_tree_attention=True, draft_cache=draft_cache,
         tree=TreeConfig(4, 3, 0.0), retrieval=RetrievalConfig(8, 3, 2),
     )  # fmt: skip
-    engine, prompt = engine_of(target, head, config), make_prompt(40)
-    wanted = engine.generate(prompt, 5)
-    speculation = CapturedSpeculation(engine._target, engine._drafter, engine._retriever, config.tree)
-    for _ in range(2):  # a second prompt finds the buffers as the first left them
-        ids, output = engine._begin(prompt, 5, (), config.tree.nodes + 1)
-        for _ in speculation(SamplingConfig(), ids, output):
-            pass
-        found = output.result(None)
+    eager = engine_of(target, head, config)
+    monkeypatch.setattr("specextend.engine.why_not_captured", lambda *_: None)
+    graphs = engine_of(target, head, config)
+    assert (eager.backend, graphs.backend) == ("eager", "graphs")
+    for length in (40, 11):  # a second prompt finds the buffers as the first left them
+        wanted, found = (engine.generate(make_prompt(length), 5) for engine in (eager, graphs))
         assert found.token_ids == wanted.token_ids
         assert [one.accepted for one in found.rounds] == [one.accepted for one in wanted.rounds]
 

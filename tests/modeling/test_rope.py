@@ -88,7 +88,7 @@ def test_model_run_without_rotation_hands_over_what_rotation_makes_the_models_ow
             seen.append(key)
         return torch.zeros_like(query)
 
-    run_unrotated(model, prompt, attend)
+    run_unrotated(model, model.get_input_embeddings()(prompt), attend)
     model(input_ids=prompt[None], position_ids=torch.arange(7, 27)[None], use_cache=False, attend=attend)
     torch.testing.assert_close(rope.rotate(seen[0], 7), seen[1], atol=2e-5, rtol=1e-5)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import backend_of
 from on_ranks import CONFIGS, generations, loaded, prompts
 from transformers import LlamaConfig
 
@@ -80,7 +81,7 @@ def test_two_ranks_write_the_tokens_of_one(seen, pairs, name):
 def test_the_attention_row_is_the_mean_over_the_heads_of_all_ranks(seen, pairs, name):
     engine = SpecExtend(loaded(*pairs[name]), CONFIGS["specextend"])
     engine.generate(prompts()[0], 4)
-    torch.testing.assert_close(torch.tensor(seen[f"{name} row"]), engine._target.attention_row())
+    torch.testing.assert_close(torch.tensor(seen[f"{name} row"]), backend_of(engine)._target.attention_row())
     whole = list(engine._cache.buffer.shape)
     assert seen[f"{name} cache"] == [*whole[:3], whole[3] // 2, *whole[4:]]  # half the KV heads
 
@@ -189,4 +190,4 @@ def test_asking_for_what_is_not_there_is_one_line(monkeypatch):
 
 
 def test_one_device_runs_the_plain_target(bundled_engine):
-    assert type(bundled_engine._target).__name__ == "Target" and bundled_engine.models.ranks == 1
+    assert type(backend_of(bundled_engine)._target).__name__ == "Target" and bundled_engine.models.ranks == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import analyse
 import pytest
 import torch
 
@@ -67,21 +66,15 @@ def test_times_are_the_engines_and_only_grow(race):
         assert times[-1] - times[0] == pytest.approx(decode, abs=1e-5)
 
 
-def test_chunks_are_those_of_the_loop_that_analyses_watch(race, engine, prompt):
-    with torch.inference_mode():
-        steps = enumerate(analyse.watch(engine, prompt.ids, NEW - 1))
-        chosen = {
-            index: torch.unique(step.positions // 32).tolist() for index, step in steps if step.positions is not None
-        }
-    assert {selection.round: selection.chunks for selection in race.selections} == chosen
+def test_chunks_are_those_that_the_draft_was_given(race):
     assert [selection.round for selection in race.selections] == list(range(0, len(race.lanes[2].steps) - 1, 4))
     first = race.selections[0]
     assert first.of == 10 and len(first.chunks) == 4 and first.chunks[-1] == 9
 
 
 def test_chunks_of_a_run_that_went_otherwise_are_not_shown(track, prompt, monkeypatch):
-    other = Generation(300, [1], "", "length", [Round([1], 0, 0, {})], {"target": 1.0})
-    monkeypatch.setattr(track._watched, "generate", lambda *_, **__: other)
+    other, generate = Generation(300, [1], "", "length", [Round([1], 0, 0, {})], {"target": 1.0}), track.engine.generate
+    monkeypatch.setattr(track.engine, "generate", lambda *a, **b: other if b.get("observer") else generate(*a, **b))
     assert track.run(prompt, 6).selections == []
 
 

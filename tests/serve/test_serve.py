@@ -110,7 +110,7 @@ class Scripted:
             return bytes(tokens).decode(errors="replace")
 
         new_tokens = min(max_new_tokens, len(self._octets))
-        output = Output(len(ids), new_tokens, 0, frozenset(), tuple(stop), decode, lambda: None)
+        output = Output(ids, new_tokens, frozenset(), tuple(stop), decode)
         output.prefill_seconds["target"] = 0.0
         if self.fail:
             raise self.fail
