@@ -87,7 +87,7 @@ class SpecExtend:
 
         Args:
             settings: fields of `config` (None: the default) that are to be different, those of its tree and its
-                retrieval too: draft_cache="full", nodes=20, top_k=16.
+                retrieval nested: draft_cache="full", tree={"nodes": 20}, retrieval={"top_k": 16}.
         """
         override(SpecExtendConfig(), settings)  # a mistake shows before anything is loaded
         models = load_models(target, draft=draft, dtype=dtype, device=device)
@@ -244,9 +244,9 @@ class SpecExtend:
     def _loops(self, captures: bool) -> tuple[Loop | None, Loop]:
         """How this engine decodes: by its method, None where the draft it needs was not loaded, and the baseline."""
         decode, drafter = self._baseline_loop(captures), self._drafter
-        if self.config.draft == "none":
+        if self.config.drafting == "none":
             return decode, decode
-        if self.config.draft == "hugging_face":
+        if self.config.drafting == "hugging_face":
             if self.models.ranks > 1:
                 raise ConfigError("transformers' own loop has no cache for a sharded target; choose another --method")
             twin = plain_twin(self.models.target)
@@ -357,12 +357,12 @@ def _build_target(
 
 
 def _build_drafter(models: LoadedModels, config: SpecExtendConfig, cache: KVCache) -> Drafter | None:
-    """The drafter of `config.draft`; None where nobody drafts, or the model that should was not loaded."""
+    """The drafter of `config.drafting`; None where nobody drafts, or the model that should was not loaded."""
 
     def make(setting: SpecExtendConfig) -> Drafter:
         return models.drafter(models.draft, setting, models.vocab_size)
 
-    match config.draft:
+    match config.drafting:
         case "lookup":
             return PromptLookup(config.tree.max_depth)
         case "self":

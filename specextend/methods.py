@@ -13,7 +13,7 @@ from typing import Any
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ConfigError
 
-SWITCHES = ("flash_prefill", "hybrid_tree_attention", "draft_cache", "draft")
+SWITCHES = ("flash_prefill", "hybrid_tree_attention", "draft_cache", "drafting")
 FAST = {"flash_prefill": True, "hybrid_tree_attention": True}
 LINEAR = TreeConfig(nodes=6, max_depth=6)  # TriForce's six drafts per verification
 LOOKUP = TreeConfig(nodes=10, max_depth=10)  # prompt lookup's ten
@@ -38,7 +38,7 @@ class Method:
     @property
     def drafts_with_model(self) -> bool:
         """Whether it needs the small model or EAGLE head that is loaded as draft."""
-        return self.switches.get("draft", "model") in ("model", "hierarchy")
+        return self.switches.get("drafting", "model") in ("model", "hierarchy")
 
     def config(self, tree: TreeConfig, retrieval: RetrievalConfig) -> SpecExtendConfig:
         """Its setting in a run with this tree and this retrieval."""
@@ -54,11 +54,11 @@ def _rechunked(retrieval: RetrievalConfig, size: int) -> RetrievalConfig:
 
 
 METHODS = {
-    "autoregressive": Method("the target alone: our own loop with flash decoding", FAST | {"draft": "none"}),
+    "autoregressive": Method("the target alone: our own loop with flash decoding", FAST | {"drafting": "none"}),
     "autoregressive_hf": Method(
-        "the target alone: Hugging Face's `generate` with eager attention", {"draft": "hugging_face"}
+        "the target alone: Hugging Face's `generate` with eager attention", {"drafting": "hugging_face"}
     ),
-    "prompt_lookup": Method("drafts copied from where the last n-gram stood", FAST | {"draft": "lookup"}, LOOKUP),
+    "prompt_lookup": Method("drafts copied from where the last n-gram stood", FAST | {"drafting": "lookup"}, LOOKUP),
     "standard": Method("tree speculative decoding: dense attention, full draft cache"),
     "fa": Method("standard + FlashAttention prefill", {"flash_prefill": True}),
     "hta": Method("standard + Hybrid Tree Attention", {"hybrid_tree_attention": True}),
@@ -71,18 +71,18 @@ METHODS = {
     "specextend": Method("all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}),
     "magicdec": Method(
         "self-speculation: the target over sink + window of its own cache",
-        FAST | {"draft_cache": "streaming", "draft": "self"},
+        FAST | {"draft_cache": "streaming", "drafting": "self"},
         LINEAR,
     ),
     "self_retrieval": Method(
         "self-speculation: the target over retrieved chunks of its own cache",
-        FAST | {"draft_cache": "retrieval", "draft": "self"},
+        FAST | {"draft_cache": "retrieval", "drafting": "self"},
         LINEAR,
         chunk_size=8,
     ),
     "triforce": Method(
         "the draft model proposes for self_retrieval's draft, and that for the target",
-        FAST | {"draft_cache": "retrieval", "draft": "hierarchy"},
+        FAST | {"draft_cache": "retrieval", "drafting": "hierarchy"},
         LINEAR,
         chunk_size=8,
     ),
@@ -95,6 +95,11 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def drafting_of(recorded: Mapping[str, Any]) -> str:
+    """Who proposed, by the setting of a record; older records call it "draft"."""
+    return recorded.get("drafting", recorded.get("draft", "model"))
+
+
 def name_of(config: SpecExtendConfig) -> str:
     """The method a setting belongs to, whatever its tree and chunks; else its parts joined by a dash."""
     plain = SpecExtendConfig()
@@ -105,6 +110,6 @@ def name_of(config: SpecExtendConfig) -> str:
         "fa": config.flash_prefill,
         "hta": config.hybrid_tree_attention,
         config.draft_cache: config.draft_cache != "full",
-        config.draft: config.draft != "model",
+        config.drafting: config.drafting != "model",
     }
     return "-".join(part for part, is_on in parts.items() if is_on)

@@ -140,10 +140,10 @@ def test_prompt_lookup_proposes_nothing_for_new_tokens_and_all_of_a_loop(make_mo
 # ---- names and flags
 
 
-def parse(*flags: str):
+def parse(*typed: str):
     parser = flags.parser("test")
     flags.add_method_flags(parser)
-    return parser.parse_args(flags)
+    return parser.parse_args(typed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -172,10 +172,10 @@ def test_methods_that_share_the_fast_parts_differ_in_the_draft_alone():
 
 
 @pytest.mark.parametrize(
-    "flags", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
+    "typed", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
 )
-def test_use_specextend_is_the_method_of_that_name(flags):
-    assert flags.methods_from(parse(*flags)) == ["specextend"]
+def test_use_specextend_is_the_method_of_that_name(typed):
+    assert flags.methods_from(parse(*typed)) == ["specextend"]
 
 
 def test_without_flags_the_method_is_standard():
@@ -212,7 +212,7 @@ def test_list_methods_prints_a_line_each_and_exits_0(capsys):
 def test_a_self_draft_over_the_full_cache_is_refused():
     assert "full" in DRAFT_CACHES
     with pytest.raises(ConfigError, match="the target itself"):
-        SpecExtendConfig(draft="self")
+        SpecExtendConfig(drafting="self")
 
 
 def test_an_eagle_head_is_no_small_draft_for_the_sparse_target(engine_of):

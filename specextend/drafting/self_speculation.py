@@ -113,7 +113,7 @@ class HierarchicalDrafter(SelfDrafter):
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
-        return replace(config, draft="model", draft_cache="streaming")
+        return replace(config, drafting="model", draft_cache="streaming")
 
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         super().prefill(prompt, first, extra_slots)

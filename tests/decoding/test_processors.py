@@ -47,11 +47,11 @@ def test_processor_that_changes_nothing_leaves_every_round_as_it_is(sampling, en
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 def test_processed_tokens_do_not_depend_on_who_drafts(sampling, engine, make_prompt):
     prompt, rules = make_prompt(60), [RepetitionPenaltyLogitsProcessor(1.5)]
-    alone = engine.with_config(SpecExtendConfig(draft="none")).generate(
+    alone = engine.with_config(SpecExtendConfig(drafting="none")).generate(
         prompt, NEW, sampling=sampling, processors=rules
     )
     assert alone.accepted_per_round == 0
-    for config in (CONFIG, SpecExtendConfig.standard(tree=TreeConfig(6, 3, 0)), SpecExtendConfig(draft="lookup")):
+    for config in (CONFIG, SpecExtendConfig.standard(tree=TreeConfig(6, 3, 0)), SpecExtendConfig(drafting="lookup")):
         other = engine.with_config(config).generate(prompt, NEW, sampling=sampling, processors=rules)
         assert other.token_ids == alone.token_ids
     assert alone.token_ids != engine.generate(prompt, NEW, sampling=sampling).token_ids
