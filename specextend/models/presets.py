@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
-from specextend.models.checkpoints import (
-    HUB_ID,
-)
-
-if TYPE_CHECKING:
-    pass
+from specextend.models.checkpoints import HUB_ID, local_directory
 
 BUNDLED_DIR = Path(__file__).parent / "bundled"
 
@@ -55,12 +49,13 @@ def find_preset(name_or_path: str) -> Preset:
     """A preset by its name, by its target's hub id, or by a directory called like it; else one made for the name."""
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if not name_or_path or not (path.is_dir() or HUB_ID.fullmatch(name_or_path)):
+    path = local_directory(name_or_path)
+    if path is None and not HUB_ID.fullmatch(name_or_path):
         raise ModelError(
             f"model {name_or_path!r} is unknown; choose one of {', '.join(PRESETS)}, "
             "or give an existing directory or a hub id (org/name)"
         )
+    path = path or Path(name_or_path)
     for preset in PRESETS.values():
         if HUB_ID.fullmatch(preset.target) and path.name == preset.target.split("/")[1]:
             return replace(preset, target=name_or_path)
