@@ -9,7 +9,7 @@ from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.models.checkpoints import HUB_ID, local_directory
 
-BUNDLED_DIR = Path(__file__).parent / "bundled"
+BUNDLED_DIR = Path(__file__).resolve().parent / "bundled"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def find_preset(name_or_path: str) -> Preset:
 
 
 def public_id(model_id: str) -> str:
-    """A model's name for records: the bundled pair without the path of this machine."""
-    path = Path(model_id)
-    return str(path.relative_to(BUNDLED_DIR.parent)) if path.is_relative_to(BUNDLED_DIR) else model_id
+    """A model's name for records: the bundled ones are "bundled/target" and so on, however their folder was given."""
+    if local_directory(model_id) is None:
+        return model_id
+    path = Path(model_id).expanduser().resolve()
+    return path.relative_to(BUNDLED_DIR.parent).as_posix() if path.is_relative_to(BUNDLED_DIR) else model_id
