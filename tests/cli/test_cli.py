@@ -348,7 +348,7 @@ def test_empty_stop_string_gives_one_line_and_status_2(classic):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_gpu_that_is_not_there_gives_one_line_and_status_2(classic):
     status, _, err = classic("--device", "cuda")
-    assert status == 2 and err == "DeviceError: device 'cuda' is not there; this machine has cpu\n"
+    assert status == 2 and err == "DeviceError: device 'cuda' is not there; this machine has cpu (--device)\n"
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "", "a/b/c/d", "[/bold]", "model[red]"])
