@@ -60,13 +60,15 @@ def load_models(
 
 def _head_of(target: str, head: str | None) -> str:
     if head is not None and head not in KINDS:
-        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}")
+        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}", setting="head")
     known = {kind: where for (name, kind), where in HEADS.items() if name == target}
     if not known:
-        raise ModelError(f"no EAGLE head of {target} is known; give one by --draft_model (a directory or a hub id)")
+        raise ModelError(
+            f"no EAGLE head of {target} is known; give one, a directory or a hub id", setting="draft_model"
+        )
     if head and head not in known:
         raise ModelError(
-            f"no {head} head of {target} is known, only {', '.join(known)}; give one by --draft_model "
-            "(a directory or a hub id)"
+            f"no {head} head of {target} is known, only {', '.join(known)}; give one, a directory or a hub id",
+            setting="draft_model",
         )
     return known[head or next(iter(known))]

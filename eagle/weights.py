@@ -16,7 +16,15 @@ from transformers import LlamaConfig, PreTrainedModel
 from eagle.heads import Eagle1Head, Eagle3Head, Head
 from specextend.errors import ModelError
 from specextend.modeling.packed import pack_linears
-from specextend.models.checkpoints import LOADING_ERRORS, one_line, quiet_transformers, read_json, weight_files
+from specextend.models.checkpoints import (
+    LOADING_ERRORS,
+    check_finite,
+    check_floating,
+    one_line,
+    quiet_transformers,
+    read_json,
+    weight_files,
+)
 
 KINDS = ("eagle1", "eagle3")
 NAMES = {"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}
@@ -35,7 +43,8 @@ def load_head(directory: Path, target: PreTrainedModel, kind: str | None = None)
     if kind and kind != found:
         raise ModelError(
             f"{directory} holds an {NAMES[found]} head (it has {_telling_key(state, found)}), but {NAMES[kind]} was "
-            f"asked for; use --head {found}"
+            f"asked for; ask for {found}",
+            setting="head",
         )
     raw = read_json(directory / "config.json")
     config = read_head_config(directory, raw)
@@ -47,6 +56,7 @@ def load_head(directory: Path, target: PreTrainedModel, kind: str | None = None)
             setattr(head, name, shared)
     head.rotary_emb = type(head.rotary_emb)(config)  # its frequencies are computed, not loaded
     head = head.to(target.device, target.dtype).requires_grad_(False).eval()
+    check_finite(directory, dict(head.named_parameters()))
     pack_linears(head)
     return head
 
@@ -88,6 +98,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         for file in files:
             safe = file.suffix == ".safetensors"
             state |= load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        check_floating(directory, {name: str(weight.dtype) for name, weight in state.items()})
     except LOADING_ERRORS as error:
         raise ModelError(
             f"the weights in {directory} cannot be read ({one_line(error)}); download them again"

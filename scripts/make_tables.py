@@ -25,6 +25,8 @@ from readings import METHODS, read_records, title_of_records
 from report_html import html_report
 from shared import lead, on_shared
 
+from specextend.methods import drafting_of
+
 STANDARD, SPECEXTEND, NAIVE = "standard", "specextend", "autoregressive_hf"
 SPEEDUPS = ("speedup_decode", "speedup")
 RUN = ["folder", "model", "draft", "dtype", "device", "hardware", "tree", "max_gen_len"]
@@ -110,7 +112,7 @@ def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
         "dtype": setting["dtype"],
         "device": setting["device"],
         "hardware": hardware["gpu"] if setting["device"] == "cuda" else cpu,
-        "tree": _tree(tree) if setting["config"].get("draft", "model") == "model" else None,
+        "tree": _tree(tree) if drafting_of(setting["config"]) == "model" else None,
         "max_gen_len": setting["max_gen_len"],
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }

@@ -48,7 +48,10 @@ def main() -> None:
         args.model_name, draft=getattr(args, "draft_model", None), dtype=args.dtype, device=args.device
     )
     engine = SpecExtend(models, flags.config_from(args, models))
-    (prompt,) = gather_prompts(engine, None, 1, args.input_len, NEW_TOKENS)
+    room = engine.max_prompt_tokens(NEW_TOKENS)
+    (prompt,) = gather_prompts(
+        None, 1, args.input_len, encode=engine.encode, max_prompt_tokens=room, has_template=bool(models.preset.template)
+    )
     reset_peak()
     at_first_token = {}
 

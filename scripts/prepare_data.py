@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package of this checkout, installed or not
 
-from specextend.cli.flags import run
+from specextend.cli import flags
 from specextend.data.prepare import (
     BUILTIN,
     DEFAULT_LENGTHS,
@@ -27,7 +27,8 @@ from specextend.errors import InputError
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"any of {', '.join(HUB_SOURCES)} (default: all)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--from_dir", type=Path, metavar="FOLDER", help="build from the text files in a folder")
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    flags.run(main)

@@ -2,12 +2,14 @@
 
 `SpecExtendConfig.standard()` is the paper's baseline (dense attention, full draft cache) and
 `SpecExtendConfig.specextend()` turns on all three parts; `methods.py` names these and the settings in between.
+Every number has bounds: beyond them nothing could be held or would ever end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -16,13 +18,11 @@ from specextend.errors import ConfigError
 
 DraftCacheKind = Literal["full", "streaming", "retrieval"]
 DRAFT_CACHES: tuple[str, ...] = ("full", "streaming", "retrieval")
-DraftKind = Literal["model", "self", "hierarchy", "lookup", "none", "hugging_face"]
-DRAFTS: tuple[str, ...] = ("model", "self", "hierarchy", "lookup", "none", "hugging_face")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+Drafting = Literal["model", "self", "hierarchy", "lookup", "none", "hugging_face"]
+DRAFTINGS: tuple[str, ...] = ("model", "self", "hierarchy", "lookup", "none", "hugging_face")
+WITHOUT_DRAFT_CACHE = ("lookup", "none", "hugging_face")
+MAX_NODES, MAX_DEPTH = 1024, 128
+MAX_TOKENS = 1 << 20  # of anything that is counted in tokens, chunks or rounds: more than any model holds
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class TreeConfig:
     min_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.nodes >= 1, f"nodes is {self.nodes}; a draft tree needs at least 1")
-        _require(self.max_depth >= 1, f"max_depth is {self.max_depth}; a draft tree needs at least 1 level")
-        _require(self.threshold >= 0, f"threshold is {self.threshold}; it must be 0 (always deepen) or more")
+        _check_integer("tree.nodes", self.nodes, 1, MAX_NODES, "draft tokens")
+        _check_integer("tree.max_depth", self.max_depth, 1, MAX_DEPTH, "levels")
+        _check_number("tree.threshold", self.threshold)
+        _require(self.threshold >= 0, "tree.threshold", self.threshold, "it must be 0 (always deepen) or more")
+        _check_number("tree.min_probability", self.min_probability)
         probable = 0 <= self.min_probability < 1
-        _require(probable, f"min_probability is {self.min_probability}; it must lie in 0 (keep all) .. 1, 1 excluded")
+        _require(probable, "tree.min_probability", self.min_probability, "it must lie in 0 (keep all) .. 1, 1 excluded")
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,18 @@ class RetrievalConfig:
     recent: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.chunk_size >= 1, f"retrieval_chunk_size is {self.chunk_size}; it must be at least 1")
-        _require(self.every_n_steps >= 1, f"retrieve_every_n_steps is {self.every_n_steps}; it must be at least 1")
-        _require(self.sink >= 0, f"retrieval sink is {self.sink}; it must be 0 or more chunks")
-        _require(self.recent >= 1, f"retrieval recent is {self.recent}; the newest chunk must be kept")
+        _check_integer("retrieval.chunk_size", self.chunk_size, 1, MAX_TOKENS, "tokens")
+        _check_integer("retrieval.top_k", self.top_k, 1, MAX_TOKENS, "chunks")
+        _check_integer("retrieval.every_n_steps", self.every_n_steps, 1, MAX_TOKENS, "rounds")
+        _check_integer("retrieval.sink", self.sink, 0, MAX_TOKENS, "chunks")
+        _check_integer("retrieval.recent", self.recent, 1, MAX_TOKENS, "chunks")
+        kept = self.sink + self.recent
+        _require(self.top_k >= kept, "retrieval.top_k", self.top_k, f"it must hold sink + recent = {kept} chunks")
         _require(
-            self.top_k >= self.sink + self.recent,
-            f"retrieve_top_k is {self.top_k}; it must hold sink + recent = {self.sink + self.recent} chunks",
+            self.top_k * self.chunk_size <= MAX_TOKENS,
+            "retrieval.top_k",
+            self.top_k,
+            f"in chunks of {self.chunk_size} tokens it may be at most {MAX_TOKENS // self.chunk_size}",
         )
 
 
@@ -93,22 +100,25 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_number("sampling.temperature", self.temperature)
         finite = 0 <= self.temperature < float("inf")
-        _require(finite, f"temperature is {self.temperature}; it must be 0 (greedy) or more, and finite")
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie in (0, 1]")
-        _require(self.top_k >= 0, f"top_k is {self.top_k}; it must be 0 (off) or more")
-        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must lie in 0 .. 2^63 - 1")
+        _require(finite, "sampling.temperature", self.temperature, "it must be 0 (greedy) or more, and finite")
+        _check_number("sampling.top_p", self.top_p)
+        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "it must lie in (0, 1]")
+        _check_integer("sampling.top_k", self.top_k, 0, 2**31 - 1, "tokens to choose from, 0 is off")
+        _check_integer("sampling.seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass(frozen=True)
 class RoundSlots:
-    """Cache slots that a round may need.
+    """How many tokens one round can need in each cache.
 
     Args:
         verify: nodes the target verifies at once, the root included.
-        path: most tokens a round can emit, the bonus token included.
-        draft: scratch slots behind the context while a tree grows.
-        working: tokens the working cache must hold; None for a full cache.
+        path: most tokens a round can emit: a whole path and the bonus token.
+        draft: scratch slots of the draft, for the nodes it expands.
+        working: tokens the draft's working cache must hold: what is kept, and what comes until the next refresh;
+            None where the draft keeps its full cache or has none.
     """
 
     verify: int
@@ -139,34 +149,34 @@ class SpecExtendConfig:
     draft_cache: DraftCacheKind = "full"
     prefill_block: int = 0
     draft_window: int = 512
-    drafting: DraftKind = "model"
+    drafting: Drafting = "model"
     tree: TreeConfig = field(default_factory=TreeConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
     def __post_init__(self) -> None:
         _require(
             self.draft_cache in DRAFT_CACHES,
-            f"draft_cache is {self.draft_cache!r}; choose one of {', '.join(DRAFT_CACHES)}",
+            "draft_cache",
+            self.draft_cache,
+            f"choose one of {', '.join(DRAFT_CACHES)}",
         )
-        _require(self.drafting in DRAFTS, f"drafting is {self.drafting!r}; choose one of {', '.join(DRAFTS)}")
-        is_part = self.drafting not in ("self", "hierarchy") or self.draft_cache != "full"
-        _require(
-            is_part,
-            f"drafting is {self.drafting!r} with a full cache, the target itself; choose streaming or retrieval",
-        )
-        _require(self.prefill_block >= 0, f"prefill_block is {self.prefill_block}; it must be 0 (auto) or more tokens")
-        _require(self.draft_window >= 0, f"draft_window is {self.draft_window}; it must be 0 (off) or more tokens")
-
-    @property
-    def slots(self) -> RoundSlots:
-        """Cache slots that a round under this setting may need."""
-        tree, retrieval = self.tree, self.retrieval
-        if self.drafting in ("none", "hugging_face"):
-            return RoundSlots(1, 1, 0, None)
-        path = tree.max_depth + 1
-        working = retrieval.top_k * retrieval.chunk_size + (retrieval.every_n_steps + 1) * path
-        verify = tree.nodes + 1 if self.drafting == "model" else path
-        return RoundSlots(verify, path, tree.nodes * tree.max_depth, None if self.draft_cache == "full" else working)
+        _require(self.drafting in DRAFTINGS, "drafting", self.drafting, f"choose one of {', '.join(DRAFTINGS)}")
+        _check_integer("prefill_block", self.prefill_block, 0, MAX_TOKENS, "tokens, 0 leaves it to the device")
+        _check_integer("draft_window", self.draft_window, 0, MAX_TOKENS, "tokens, 0 is off")
+        if self.drafting in ("self", "hierarchy"):
+            _require(
+                self.draft_cache != "full",
+                "draft_cache",
+                self.draft_cache,
+                f"with drafting {self.drafting!r} that is the target itself: choose streaming or retrieval",
+            )
+        if self.drafting in WITHOUT_DRAFT_CACHE:
+            _require(
+                self.draft_cache == "full",
+                "draft_cache",
+                self.draft_cache,
+                f"drafting {self.drafting!r} has no draft cache: leave it out",
+            )
 
     @classmethod
     def standard(cls, **settings) -> SpecExtendConfig:
@@ -178,27 +188,44 @@ class SpecExtendConfig:
         """SpecExtend with all of its parts."""
         return replace(cls(flash_prefill=True, hybrid_tree_attention=True, draft_cache="retrieval"), **settings)
 
+    @property
+    def slots(self) -> RoundSlots:
+        """What one round can need; the one place that says so."""
+        nodes, depth = self.tree.nodes, self.tree.max_depth
+        path = 1 if self.drafting in ("none", "hugging_face") else depth + 1
+        verify = nodes + 1 if self.drafting == "model" else path  # all others draft chains
+        draft = {"model": nodes * depth, "hierarchy": nodes * depth, "self": depth}.get(self.drafting, 0)
+        working = None
+        if self.draft_cache != "full":
+            # between two refreshes it grows by at most a path per round
+            kept = self.retrieval.top_k * self.retrieval.chunk_size
+            working = kept + (self.retrieval.every_n_steps + 1) * path
+        return RoundSlots(verify=verify, path=path, draft=draft, working=working)
+
+
+_PARTS = {"tree": TreeConfig, "retrieval": RetrievalConfig}
+
 
 def override(config: SpecExtendConfig, settings: Mapping[str, Any]) -> SpecExtendConfig:
-    """`config` with some fields changed: its own, and by the same plain names those of its tree and its retrieval.
+    """`config` with some fields changed.
 
     Args:
-        settings: as {"draft_cache": "full", "nodes": 20, "top_k": 16}; ConfigError for a name nobody has.
+        settings: as {"draft_cache": "full", "tree": {"nodes": 20}, "retrieval": {"top_k": 16}}; tree and retrieval
+            are mappings of what changes, or the dataclasses themselves. ConfigError for a name nobody has.
     """
-    names = {part: [one.name for one in fields(kind)] for part, kind in _PARTS.items()}
-    unknown = [name for name in settings if not any(name in known for known in names.values())]
-    if unknown:
-        known = ", ".join(name for part in names.values() for name in part)
-        raise ConfigError(f"setting {unknown[0]!r} is unknown; there are {known}")
-
-    def given(part: str) -> dict[str, Any]:
-        return {name: value for name, value in settings.items() if name in names[part]}
-
-    config = replace(config, **given(""))
-    return replace(config, **{part: replace(getattr(config, part), **given(part)) for part in ("tree", "retrieval")})
-
-
-_PARTS = {"": SpecExtendConfig, "tree": TreeConfig, "retrieval": RetrievalConfig}
+    changed = dict(settings)
+    _check_names(changed, SpecExtendConfig, "setting")
+    for part, kind in _PARTS.items():
+        given = changed.setdefault(part, getattr(config, part))
+        if isinstance(given, Mapping):
+            _check_names(given, kind, f"{part} setting")
+            changed[part] = replace(getattr(config, part), **given)
+        elif not isinstance(given, kind):
+            first = fields(kind)[0].name
+            raise ConfigError(
+                f'{part} is {given!r}; give a mapping like {part}={{"{first}": 20}} or a {kind.__name__}', setting=part
+            )
+    return replace(config, **changed)
 
 
 def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:
@@ -206,3 +233,33 @@ def prefill_block(config: SpecExtendConfig, device: torch.device) -> int | None:
     if not config.flash_prefill:
         return None
     return config.prefill_block or (8192 if device.type == "cuda" else 1024)
+
+
+def _check_names(given: Mapping[str, Any], kind: type, what: str) -> None:
+    """ConfigError for the first name that `kind` has no field for; a nested one is shown as it must be written."""
+    known = [one.name for one in fields(kind)]
+    for name, value in given.items():
+        if name in known:
+            continue
+        for part, nested in _PARTS.items():
+            if kind is SpecExtendConfig and name in [one.name for one in fields(nested)]:
+                raise ConfigError(f'{name} is a setting of the {part}; write {part}={{"{name}": {value!r}}}')
+        raise ConfigError(f"{what} {name!r} is unknown; there are {', '.join(known)}")
+
+
+def _check_integer(setting: str, value: Any, low: int, high: int, unit: str = "") -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    allowed = f"give a whole number from {low} to {high} {unit}".rstrip()
+    _require(whole and low <= value <= high, setting, value, allowed)
+
+
+def _check_number(setting: str, value: Any) -> None:
+    _require(isinstance(value, Real) and not isinstance(value, bool), setting, value, "it must be a number")
+
+
+def _require(condition: bool, setting: str, value: Any, allowed: str) -> None:
+    """ConfigError unless `condition`; `setting` as "tree.nodes" names the field."""
+    if not condition:
+        part, _, name = setting.rpartition(".")
+        shown = f"retrieval {name}" if part == "retrieval" else name
+        raise ConfigError(f"{shown} is {value!r}; {allowed}", setting=setting)

@@ -74,6 +74,8 @@ class SpecExtend:
         )
         self._autoregressive = self._decoding(alone, Drafter())
         if self.config.drafting == "hugging_face":
+            if models.ranks > 1:
+                raise ConfigError("transformers' own loop has no cache for a sharded target; choose another method")
             self._speculative: Decode | None = HuggingFace(models.target).decode
         else:
             self._speculative = self._decoding(self.config, drafter) if drafter else None
@@ -94,7 +96,7 @@ class SpecExtend:
 
         Args:
             settings: fields of `config` (None: the default) that are to be different, those of its tree and its
-                retrieval too: draft_cache="full", nodes=20, top_k=16.
+                retrieval nested: draft_cache="full", tree={"nodes": 20}, retrieval={"top_k": 16}.
         """
         override(SpecExtendConfig(), settings)  # a mistake shows before anything is loaded
         models = load_models(target, draft=draft, dtype=dtype, device=device)

@@ -95,6 +95,11 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def drafting_of(recorded: Mapping[str, Any]) -> str:
+    """Who proposed, by the setting of a record; older records call it "draft"."""
+    return recorded.get("drafting", recorded.get("draft", "model"))
+
+
 def name_of(config: SpecExtendConfig) -> str:
     """The method a setting belongs to, whatever its tree and chunks; else its parts joined by a dash."""
     plain = SpecExtendConfig()

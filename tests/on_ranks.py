@@ -32,7 +32,7 @@ SMALL = {"tree": TreeConfig(8, 4, 0.1), "retrieval": RetrievalConfig(8, 3, 2)}
 CONFIGS = {
     "standard": SpecExtendConfig.standard(**SMALL),
     "specextend": SpecExtendConfig.specextend(**SMALL),
-    "self": SpecExtendConfig.specextend(**SMALL, draft="self"),
+    "self": SpecExtendConfig.specextend(**SMALL, drafting="self"),
 }
 TEMPERATURES = (0.0, 0.8)
 

@@ -33,33 +33,40 @@ def engine(make_engine, make_model, perturbed) -> SpecExtend:
 
 
 def test_settings_by_name_change_only_what_they_name():
-    config = override(SPECEXTEND, {"draft_cache": "full", "nodes": 7, "top_k": 9, "sink": 1})
+    config = override(SPECEXTEND, {"draft_cache": "full", "tree": {"nodes": 7}, "retrieval": {"top_k": 9, "sink": 1}})
     assert (config.draft_cache, config.tree, config.retrieval) == (
         "full", TreeConfig(7, 4, 0.1), RetrievalConfig(8, 9, 2, sink=1),
     )  # fmt: skip
     assert override(SPECEXTEND, {}) == SPECEXTEND
-    assert override(SPECEXTEND, {"tree": TreeConfig(3), "max_depth": 2}).tree == TreeConfig(3, 2)
+    assert override(SPECEXTEND, {"tree": TreeConfig(3)}).tree == TreeConfig(3)
 
 
 def test_from_pretrained_takes_settings_over_the_default(bundled_engine):
-    engine = SpecExtend.from_pretrained("bundled", device="cpu", nodes=5, draft_window=64)
-    assert engine.config == override(bundled_engine.config, {"nodes": 5, "draft_window": 64})
-    assert SpecExtend.from_pretrained("bundled", config=SPECEXTEND, device="cpu", nodes=5).config == override(
-        SPECEXTEND, {"nodes": 5}
-    )
+    engine = SpecExtend.from_pretrained("bundled", device="cpu", tree={"nodes": 5}, draft_window=64)
+    assert engine.config == override(bundled_engine.config, {"tree": {"nodes": 5}, "draft_window": 64})
+    changed = SpecExtend.from_pretrained("bundled", config=SPECEXTEND, device="cpu", tree={"nodes": 5})
+    assert changed.config == override(SPECEXTEND, {"tree": {"nodes": 5}})
 
 
 def test_with_config_takes_settings_over_the_engines(engine):
-    assert engine.with_config(nodes=5).config == override(SPECEXTEND, {"nodes": 5})
+    assert engine.with_config(tree={"nodes": 5}).config == override(SPECEXTEND, {"tree": {"nodes": 5}})
     standard = SpecExtendConfig.standard()
-    assert engine.with_config(standard, top_k=9).config == override(standard, {"top_k": 9})
+    assert engine.with_config(standard, retrieval={"top_k": 9}).config.retrieval.top_k == 9
 
 
 @pytest.mark.parametrize(
-    "settings, message", [({"nodez": 3}, "setting 'nodez' is unknown; there are .*nodes"), ({"nodes": 0}, "nodes is 0")]
+    "settings, message",
+    [
+        ({"nodez": 3}, "setting 'nodez' is unknown; there are .*tree"),
+        ({"tree": {"nodez": 3}}, "tree setting 'nodez' is unknown; there are .*nodes"),
+        ({"tree": {"nodes": 0}}, "nodes is 0"),
+        ({"tree": 20}, 'tree is 20; give a mapping like tree={"nodes": 20} or a TreeConfig'),
+        ({"nodes": 20}, 'nodes is a setting of the tree; write tree={"nodes": 20}'),
+        ({"top_k": 40}, 'top_k is a setting of the retrieval; write retrieval={"top_k": 40}'),
+    ],
 )
 def test_wrong_setting_is_a_line_before_anything_is_loaded(settings, message):
-    with pytest.raises(ConfigError, match=message) as raised:
+    with pytest.raises(ConfigError, match=message.replace("{", r"\{")) as raised:
         SpecExtend.from_pretrained("no such model", **settings)
     assert "\n" not in str(raised.value)
 

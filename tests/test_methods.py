@@ -141,10 +141,10 @@ def test_prompt_lookup_proposes_nothing_for_new_tokens_and_all_of_a_loop(make_mo
 # ---- names and flags
 
 
-def parse(*flags: str):
+def parse(*typed: str):
     parser = flags.parser("test")
     flags.add_method_flags(parser)
-    return parser.parse_args(flags)
+    return parser.parse_args(typed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,10 +173,10 @@ def test_methods_that_share_the_fast_parts_differ_in_the_draft_alone():
 
 
 @pytest.mark.parametrize(
-    "flags", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
+    "typed", [("--use_specextend",), ("--method", "specextend"), ("--use_specextend", "--method", "specextend")]
 )
-def test_use_specextend_is_the_method_of_that_name(flags):
-    assert flags.methods_from(parse(*flags)) == ["specextend"]
+def test_use_specextend_is_the_method_of_that_name(typed):
+    assert flags.methods_from(parse(*typed)) == ["specextend"]
 
 
 def test_without_flags_the_method_is_standard():

@@ -73,7 +73,15 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
         models = load()
         engine = SpecExtend(models, flags.config_from(args, models), eager=args.eager)
     reporter.introduce(engine, sampling)
-    for prompt in gather_prompts(engine, args.input_file, args.max_samples, args.input_len, args.max_gen_len):
+    prompts = gather_prompts(
+        args.input_file,
+        args.max_samples,
+        args.input_len,
+        encode=engine.encode,
+        max_prompt_tokens=engine.max_prompt_tokens(args.max_gen_len),
+        has_template=models.preset.template is not None,
+    )
+    for prompt in prompts:
         methods = {name_of(engine.config): engine.generate}
         if args.compare:
             standard = engine.with_config(SpecExtendConfig.standard(tree=engine.config.tree))

@@ -9,9 +9,10 @@ from dataclasses import fields, replace
 
 from rich.console import Console
 
+from specextend.cli.flag_names import FLAGS
 from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
-from specextend.errors import ConfigError, SpecExtendError
+from specextend.errors import ConfigError, SpecExtendError, describe
 from specextend.methods import METHODS, find_method
 from specextend.models import tensor_parallel
 from specextend.models.loading import LoadedModels
@@ -24,7 +25,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except SpecExtendError as error:
         if tensor_parallel.speaks():
-            print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(describe(error, FLAGS), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

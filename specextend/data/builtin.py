@@ -15,7 +15,9 @@ def builtin_topics() -> list[tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise InputError("this Python lacks pydoc_data.topics, the built-in text; give --input_file") from error
+        raise InputError(
+            "this Python lacks pydoc_data.topics, the built-in text; give a file of prompts", setting="input_file"
+        ) from error
     return sorted(topics.items())
 
 

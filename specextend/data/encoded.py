@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import cut_to_fit, read_prompts
-from specextend.engine import SpecExtend
 from specextend.errors import ConfigError
 
 BUILTIN_LENGTH = 4096
@@ -27,26 +26,36 @@ class EncodedPrompt:
 
 
 def gather_prompts(
-    engine: SpecExtend, input_file: Path | None, limit: int, length: int | None, max_new_tokens: int
+    input_file: Path | None,
+    limit: int,
+    length: int | None,
+    *,
+    encode: Callable[[str], Tensor],
+    max_prompt_tokens: int,
+    has_template: bool,
 ) -> Iterator[EncodedPrompt]:
     """Up to `limit` prompts of `input_file`, or the built-in text, cut to `length` tokens if one is given.
 
     A prompt that is too long and was not asked to be cut is left as it is: the engine says what is allowed.
+
+    Args:
+        encode: text -> ids [N], template included.
+        max_prompt_tokens: the model's limit, for the built-in text.
+        has_template: whether `encode` puts the text into a conversation, whose last words must stay.
     """
-    if limit < 1:
-        raise ConfigError(f"max_samples is {limit}; it must be at least 1")
-    if length is not None and length < 1:
-        raise ConfigError(f"input_len is {length}; it must be at least 1")
+    for name, setting, value in (("max_samples", "prompts", limit), ("input_len", "prompt_tokens", length)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1", setting=setting)
     if input_file is None:
-        yield _builtin(engine, length or max(1, min(BUILTIN_LENGTH, engine.max_prompt_tokens(max_new_tokens))))
+        tail = ANSWER_MARKER if has_template else 0
+        yield _builtin(encode, length or max(1, min(BUILTIN_LENGTH, max_prompt_tokens)), tail)
         return
     for prompt in read_prompts(input_file, limit):
-        ids = engine.encode(prompt.text)
+        ids = encode(prompt.text)
         yield EncodedPrompt(cut_to_fit(ids, length, ANSWER_MARKER) if length else ids, prompt.source, len(ids))
 
 
-def _builtin(engine: SpecExtend, length: int) -> EncodedPrompt:
+def _builtin(encode: Callable[[str], Tensor], length: int, tail: int) -> EncodedPrompt:
     """The beginning of the language reference; plain text is cut at the end, so that the model continues it."""
-    ids = engine.encode(builtin_text())
-    tail = ANSWER_MARKER if engine.models.preset.template else 0
+    ids = encode(builtin_text())
     return EncodedPrompt(cut_to_fit(ids, length, tail), "Python language reference (pydoc_data.topics)", len(ids))

@@ -83,7 +83,13 @@ class Cutter:
 
     def records(self, document: Document, lengths: Iterable[int]) -> dict[int, dict]:
         """One record for each of `lengths` (tokens) that the document is long enough for."""
-        encoding = self.tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoding = self.tokenizer(
+            document.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
         ends = [end for _, end in encoding["offset_mapping"]]  # [N] characters up to and including each token
         cut = {length: self._cut(document.text, ends, length) for length in lengths if length <= len(ends)}
         return {
@@ -100,7 +106,9 @@ class Cutter:
             if tokens <= length:
                 return prompt, tokens
             keep -= tokens - length  # the first round learns what the templates take, later ones settle merges
-        raise InputError(f"a length of {length} tokens is filled by the prompt's template alone; use longer --lengths")
+        raise InputError(
+            f"a length of {length} tokens is filled by the prompt's template alone; use longer ones", setting="lengths"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,9 +131,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise InputError(f"--samples is {self.samples}; ask for at least 1 prompt per length")
+            raise InputError(f"samples is {self.samples}; ask for at least 1 prompt per length", setting="samples")
         if not self.lengths:
-            raise InputError(f"--lengths is empty; the default is {' '.join(DEFAULT_LENGTHS)}")
+            raise InputError(f"no length is given; the default is {' '.join(DEFAULT_LENGTHS)}", setting="lengths")
 
 
 def ensure_data(data_dir: Path, model_name: str = "bundled", **settings) -> Path:
@@ -144,7 +152,10 @@ def ensure_data(data_dir: Path, model_name: str = "bundled", **settings) -> Path
 def prepare_known(name: str, config: PrepareConfig) -> None:
     """Build one of `KNOWN_SETS` under `config.root`."""
     if name not in KNOWN_SETS:
-        raise InputError(f"unknown data set {name!r}; known are {', '.join(KNOWN_SETS)}, or use --from_dir FOLDER")
+        raise InputError(
+            f"unknown data set {name!r}; known are {', '.join(KNOWN_SETS)}, or give a folder of texts",
+            setting="from_dir",
+        )
     if name == AIME:
         prepare_problems(config)
     elif name == BUILTIN:
@@ -164,6 +175,7 @@ def prepare_documents(name: str, documents: Iterator[Document], config: PrepareC
     missing = [length for length in sorted(set(config.lengths)) if _is_due(_file_of(name, config.root, length), config)]
     if not missing:
         return
+    check_writable(config.root / name)
     collected = collect(name, documents, load_cutter(config.model_name), missing, config.samples)
     for length, records in collected.items():
         if len(records) < config.samples:
@@ -176,6 +188,7 @@ def prepare_problems(config: PrepareConfig) -> None:
     """Write the 30 problems of AIME 2024 as they are, without lengths and templates."""
     path = config.root / AIME / f"{AIME}.jsonl"
     if _is_due(path, config):
+        check_writable(path.parent)
         write_records(path, [{key: row[key] for key in ("id", "problem", "answer")} for _, row, _ in hub_rows(AIME)])
 
 
@@ -187,7 +200,8 @@ def collect(
     seen: set[str] = set()
     longest = 0
     # delayed: a source that cannot be opened should leave its error alone on the screen, without an empty bar
-    with tqdm(total=len(lengths) * samples, desc=name, unit=" prompts", delay=0.1) as progress:
+    bar = {"delay": 0.1, "leave": False, "disable": not sys.stderr.isatty()}
+    with tqdm(total=len(lengths) * samples, desc=name, unit=" prompts", **bar) as progress:
         for document in documents:
             if document.text in seen or not document.text:
                 continue
@@ -197,13 +211,14 @@ def collect(
                 collected[length].append(record)
                 longest = max(longest, record["original_length"])
                 progress.update()
-            progress.set_postfix(texts=len(seen))
+            progress.set_postfix(texts=len(seen), refresh=False)
             if all(len(records) == samples for records in collected.values()):
                 break
     if not longest:
         raise InputError(
             f"{name}: none of {len(seen)} texts has {length_label(min(lengths))} tokens; "
-            "give longer texts or shorter --lengths"
+            "give longer texts or shorter lengths",
+            setting="lengths",
         )
     return collected
 
@@ -221,11 +236,13 @@ def builtin_documents() -> Iterator[Document]:
 def folder_documents(folder: Path) -> Iterator[Document]:
     """The text files below a folder, by name."""
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder; --from_dir takes a folder of {', '.join(TEXT_SUFFIXES)} files")
+        raise InputError(f"{folder} is not a folder; give one of {', '.join(TEXT_SUFFIXES)} files", setting="from_dir")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     texts = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
     if not texts:
-        raise InputError(f"{folder} holds no text file; --from_dir reads {', '.join(TEXT_SUFFIXES)} in UTF-8")
+        raise InputError(
+            f"{folder} holds no text file; read are {', '.join(TEXT_SUFFIXES)} in UTF-8", setting="from_dir"
+        )
     if len(texts) < len(files):
         say(f"{folder}: reading {len(texts)} text files, leaving out {len(files) - len(texts)} other files")
     return (Document(strip_text(read_text(path)), path.relative_to(folder).as_posix()) for path in texts)
@@ -303,9 +320,28 @@ def load_cutter(model_name: str) -> Cutter:
 
     tokenizer = load_tokenizer(model_name)
     if not tokenizer.is_fast:
-        raise ModelError(f"{model_name} has no fast tokenizer, which cutting texts needs; use another --model_name")
+        raise ModelError(f"{model_name} has no fast tokenizer, which cutting texts needs; use another model's")
     own_template = "chat" if tokenizer.chat_template else None
     return Cutter(tokenizer, find_preset(model_name).template or own_template)
+
+
+def check_writable(folder: Path) -> None:
+    """InputError if no file can be made in `folder`, which may not be there yet; leaves nothing behind."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written ({error.strerror}); choose another folder", setting="root")
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -323,7 +359,7 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
                 os.unlink(file.name)
                 raise
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder with --root") from error
+        raise _unwritable(path, error) from error
     say(f"wrote {path}")
 
 
@@ -334,7 +370,7 @@ def say(message: str) -> None:
 
 def _file_of(name: str, root: Path, length: int) -> Path:
     if name != Path(name).name or name in ("", ".."):
-        raise InputError(f"{name!r} cannot name a folder of prompts; choose a plain name with --name")
+        raise InputError(f"{name!r} cannot name a folder of prompts; choose a plain name", setting="set_name")
     return root / name / f"{name}_{length_label(length)}.jsonl"
 
 

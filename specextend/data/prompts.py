@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from specextend.data.templates import check_text
 from specextend.errors import CapacityError, InputError
 
 SUMMARY_TEMPLATE = (
@@ -81,7 +82,7 @@ def find_buckets(data_dir: Path) -> dict[str, Path]:
     if not data_dir.exists():
         raise InputError(f"{data_dir} does not exist; {_HOW_TO_PREPARE}")
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir} is a file; --data_dir takes a folder of <name>_<length>.jsonl files")
+        raise InputError(f"{data_dir} is a file; give a folder of <name>_<length>.jsonl files", setting="data_dir")
     buckets: dict[str, Path] = {}
     for path in sorted(data_dir.glob("*.jsonl")):
         label = _length_in_name(path) or ALL_LENGTHS
@@ -101,9 +102,15 @@ def parse_length(label: str) -> int:
     tokens = _length_tokens(label.strip())
     if tokens is None:
         raise InputError(
-            f"{label!r} is not a length; give {_MIN_LENGTH} to 1023 tokens, or whole K (1024 tokens) like 1K, 16K"
+            f"{label!r} is not a length; give {_MIN_LENGTH} to 1023 tokens, or whole K (1024 tokens) like 1K, 16K",
+            setting="lengths",
         )
     return tokens
+
+
+def normal_label(label: str) -> str:
+    """The label of whatever way a length is written: "1k", "1K" and "1024" are "1K"; "all" stays."""
+    return label if label == ALL_LENGTHS else length_label(parse_length(label))
 
 
 def length_label(tokens: int) -> str:
@@ -160,7 +167,7 @@ def _require_file(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path} does not exist; check the path, or leave it out to use the built-in text")
     if path.is_dir():
-        raise InputError(f"{path} is a folder; give one file of prompts (folders go to eval_classic.py --data_dir)")
+        raise InputError(f"{path} is a folder; give one file of prompts (folders go to eval_classic.py)")
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
@@ -201,8 +208,7 @@ def _record_prompt(line: str, where: str, nominal_length: str | None) -> Prompt:
         raise InputError(f"{where}: {name!r} is of type {type(text).__name__}; it must be a string")
     if not text.strip():
         raise InputError(f"{where}: {name!r} is empty; remove the line or fill in a prompt")
-    if re.search(r"[\ud800-\udfff]", text):  # half of a \u pair: legal JSON, but no text that could be tokenized
-        raise InputError(f"{where}: {name!r} holds half a surrogate pair (\\ud800-\\udfff); remove or complete it")
+    check_text(text, f"{where}: {name!r}")
     return Prompt(text, where, nominal_length, record)
 
 

@@ -1,8 +1,12 @@
-"""Conversation templates: a prompt or a conversation as the model expects it."""
+"""Conversation templates: a prompt or a conversation as the model expects it.
+
+Control tokens are the template's to write: one spelled out in a user's text ("</s>") is encoded as its characters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +24,18 @@ def encode_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenize
 
 def encode_chat(messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a conversation up to where the assistant answers, each special token once."""
-    formatted = format_chat(messages, template, tokenizer)
-    return tokenizer(formatted, add_special_tokens=template != "chat", verbose=False).input_ids
+    check_messages(messages)
+    names = _control_tokens(tokenizer)
+    written = [name for name in names if any(name in message["content"] for message in messages)]
+    adds = template != "chat"
+    if template is None or not written:
+        formatted = format_chat(messages, template, tokenizer)
+        as_text = template is None
+        return tokenizer(formatted, add_special_tokens=adds, split_special_tokens=as_text, verbose=False).input_ids
+    marks = dict(zip(written, _unused_characters(messages), strict=False))
+    marked = [{**message, "content": _replaced(message["content"], marks)} for message in messages]
+    formatted = format_chat(marked, template, tokenizer)
+    return _encode_apart(formatted, names, {mark: name for name, mark in marks.items()}, tokenizer, adds)
 
 
 def format_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -51,6 +65,46 @@ def format_chat(messages: Sequence[Message], template: str | None, tokenizer: Pr
     return _format_by_fschat(messages, template)
 
 
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What control tokens look like as text, the longest first."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def _unused_characters(messages: Sequence[Message]) -> Iterable[str]:
+    """Characters of a private plane of Unicode that stand in none of the messages."""
+    used = {character for message in messages for character in message["content"]}
+    return (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+
+
+def _replaced(text: str, marks: Mapping[str, str]) -> str:
+    return re.sub("|".join(map(re.escape, marks)), lambda found: marks[found[0]], text)
+
+
+def _encode_apart(
+    formatted: str, names: list[str], texts: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, adds: bool
+) -> list[int]:
+    """Ids of a formatted conversation, its control tokens by their ids and all between them as text.
+
+    Args:
+        names: control tokens as text.
+        texts: mark -> what it stands for in a user's text.
+        adds: whether the tokenizer is to put its own control tokens around the whole.
+    """
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", formatted):
+        if part in names:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            text = _replaced(part, texts)
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    if not adds:
+        return ids
+    bare, whole = (tokenizer("a", add_special_tokens=added, verbose=False).input_ids for added in (False, True))
+    before = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:before] + ids + whole[before + len(bare) :]
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """InputError for what is no conversation."""
     if isinstance(messages, str) or not messages:
@@ -60,6 +114,17 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise InputError(f'message {index} must be like {{"role": "user", "content": "..."}}')
         if message.get("role") not in ROLES:
             raise InputError(f"message {index} has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+        check_text(message["content"], "the text" if len(messages) == 1 else f"message {index}")
+
+
+def check_text(text: str, what: str) -> None:
+    """InputError for half of a surrogate pair: legal in JSON and in Python, but no text that could be tokenized."""
+    found = re.search(r"[\ud800-\udfff]", text)
+    if found:
+        raise InputError(
+            f"{what} holds half a surrogate pair (\\u{ord(found[0]):04x}, character {found.start()}); remove or "
+            "complete it"
+        )
 
 
 def _format_by_fschat(messages: Sequence[Message], template: str) -> str:

@@ -16,6 +16,7 @@ from specextend.evaluation.records import SampleRecord
 
 T = TypeVar("T")
 # may change between the sessions that fill one journal; threads stand in every record
+RENAMED = {"setting.config.draft": "setting.config.drafting"}  # in old records
 NOT_COMPARED = ("environment.commit", "environment.date", "environment.threads")
 
 
@@ -76,7 +77,10 @@ def _parse(path: Path, number: int, line: bytes, read: Callable[[dict[str, Any]]
 
 def _require_same(path: Path, measured: dict[str, Any], wanted: dict[str, Any]) -> None:
     # Through JSON, so that tuples and lists, and keys of either kind, compare equal.
-    old, new = (dict(_flatten(json.loads(json.dumps(manifest)))) for manifest in (measured, wanted))
+    old, new = (
+        {RENAMED.get(name, name): value for name, value in _flatten(json.loads(json.dumps(manifest)))}
+        for manifest in (measured, wanted)
+    )
     compared = [name for name in {**old, **new} if not name.startswith(NOT_COMPARED)]
     different = [name for name in compared if old.get(name) != new.get(name)]
     if different:

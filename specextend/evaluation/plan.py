@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specextend.config import SamplingConfig
-from specextend.data.prompts import Prompt, find_buckets, read_prompts
+from specextend.data.prompts import Prompt, find_buckets, normal_label, read_prompts
 from specextend.errors import ConfigError, InputError
 from specextend.evaluation.environment import ROOT
 from specextend.methods import name_of
+from specextend.models.presets import public_id
 
 if TYPE_CHECKING:
     from specextend import SpecExtend
@@ -85,7 +86,7 @@ def require_positive(**settings: int) -> None:
 def read_buckets(data_dir: Path, samples_per_length: int, lengths: Sequence[str] = ()) -> dict[str, list[Prompt]]:
     """The first prompts of each length bucket of a data set, of the `lengths` asked for or of all."""
     require_positive(samples_per_length=samples_per_length)
-    paths = find_buckets(data_dir)
+    paths, lengths = find_buckets(data_dir), [normal_label(length) for length in lengths]
     unknown = [length for length in lengths if length not in paths]
     if unknown:
         raise InputError(f"{data_dir} has no length {', '.join(unknown)}; it has {', '.join(paths)}")
@@ -134,7 +135,8 @@ def default_output(setting: dict[str, Any], directory: Path = Path("results")) -
 
 
 def public_name(model: str) -> str:
-    """A hub id as it is, a local path without what lies above the checkout or the model's own folder."""
+    """A hub id as it is, "bundled/target" and its like, a path without what lies above checkout or model folder."""
+    model = public_id(model)
     path = Path(model)
     if not path.is_absolute():
         return model

@@ -10,7 +10,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,15 +26,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 from transformers.distributed import DistributedConfig
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 from transformers.utils import logging as transformers_logging
@@ -50,6 +53,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+FLOATING = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # single file, or sharded with `.index.json`; in this order
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -76,8 +80,8 @@ def find_checkpoint(name: str, *, weights: bool = True) -> Path:
     A cached copy with all that is asked for (weights, else the tokenizer) is taken without asking the hub. Otherwise
     the hub is asked once, with a short timeout, before any download starts.
     """
-    directory = Path(name).expanduser()
-    if directory.is_dir():
+    directory = local_directory(name)
+    if directory is not None:
         return directory
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"model directory {name!r} does not exist; give a directory with config.json or a hub id")
@@ -87,18 +91,56 @@ def find_checkpoint(name: str, *, weights: bool = True) -> Path:
     return _download(name, weights)
 
 
+def local_directory(name: str) -> Path | None:
+    """The directory that `name` is here, None if it is none; ModelError if it may not be read."""
+    if not name:
+        return None
+    try:
+        directory = Path(name).expanduser()
+        if not directory.is_dir():
+            return None
+        next(directory.iterdir(), None)
+    except PermissionError as error:
+        raise ModelError(f"{name} cannot be read ({error.strerror}); check the folder's permissions") from error
+    except (OSError, RuntimeError, ValueError):  # a name too long, a user who is not there, a null byte
+        return None
+    return directory
+
+
 def read_config(directory: Path) -> PreTrainedConfig:
     """The checkpoint's config, of a supported architecture, with LongChat's condensed rope made plain linear rope."""
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
-    _check_supported(directory, read_json(path))
+    _check_architecture(directory, read_json(path))
+    _check_generation_config(directory)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        check_supported(config, directory)
+        return _with_condensed_rope(directory, config)
     except LOADING_ERRORS as error:
         raise ModelError(f"{path} is not a valid model config ({one_line(error)}); download it again") from error
-    return _with_condensed_rope(directory, config)
+
+
+def check_supported(config: PreTrainedConfig, name: object = "the model") -> None:
+    """ModelError for a model that our forward passes do not compute as transformers does; every door asks here.
+
+    Args:
+        name: what the error calls the model.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"{name} is a {' / '.join(config.architectures or [config.model_type])}; supported are causal LMs of the "
+            f"Llama family: {', '.join(ARCHITECTURES.values())}"
+        )
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantized; use the checkpoint in fp32, fp16 or bf16 it was made from")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"{name} has rope type {rope_type!r}; supported are {', '.join(ROPE_TYPES)}")
+    if config.hidden_act not in ACT2FN:
+        raise ModelError(f"{name} has the activation {config.hidden_act!r}, which transformers does not know")
 
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -142,6 +184,7 @@ def load_causal_lm(
     """
     _require_weights(directory)
     try:
+        _check_stored_dtypes(directory)
         with quiet_transformers():
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -155,6 +198,7 @@ def load_causal_lm(
             )
         _check_keys(directory, report)
         model = model.requires_grad_(False).eval().to(device)
+        check_finite(directory, dict(model.named_parameters()))
         if sharding is None:
             pack_linears(model)
         return model
@@ -162,7 +206,8 @@ def load_causal_lm(
         if _is_out_of_memory(error):
             raise CapacityError(
                 f"memory ran out while loading {directory} in {dtype} on {device}; "
-                "choose a smaller model or a half-precision --dtype"
+                "choose a smaller model or a half-precision dtype",
+                setting="dtype",
             ) from error
         raise ModelError(
             f"the weights in {directory} cannot be read ({one_line(error)}); "
@@ -170,10 +215,50 @@ def load_causal_lm(
         ) from error
 
 
+def check_finite(directory: Path, weights: Mapping[str, Tensor]) -> None:
+    """ModelError for weights that hold NaN or infinity, as damaged files do, or values too large for the dtype."""
+    sums = [
+        getattr(weight, "to_local", lambda one=weight: one)().sum(dtype=torch.float32) for weight in weights.values()
+    ]
+    finite = torch.stack(sums).isfinite().tolist()
+    broken = [name for name, is_finite in zip(weights, finite, strict=True) if not is_finite]
+    if broken:
+        dtype = str(weights[broken[0]].dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{directory}: {len(broken)} weights hold NaN or infinity in {dtype} ({_first(broken)}); download them "
+            "again, or choose a dtype of more range"
+        )
+
+
+def check_floating(directory: Path, dtypes: Mapping[str, str]) -> None:
+    """ModelError for stored weights of integers or 8-bit floats: without their scales they mean nothing."""
+    odd = [name for name, dtype in dtypes.items() if name.endswith((".weight", ".bias")) and dtype not in FLOATING]
+    if odd:
+        raise ModelError(
+            f"{directory}: {len(odd)} weights are stored as {dtypes[odd[0]]} ({_first(odd)}): it is quantized; use the "
+            "checkpoint in fp32, fp16 or bf16 it was made from"
+        )
+
+
+def _check_stored_dtypes(directory: Path) -> None:
+    """`check_floating` on the files' headers; no weight is read."""
+    for file in weight_files(directory):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as stored:
+                dtypes = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+        else:
+            state = torch.load(file, map_location="meta", weights_only=True)
+            dtypes = {name: str(weight.dtype) for name, weight in state.items()}
+        check_floating(directory, dtypes)
+
+
 def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of a model's weights in `dtype`, counted on a model without storage."""
-    with torch.device("meta"), quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"no model can be made of the config of {config.name_or_path} ({one_line(error)})") from error
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
@@ -195,13 +280,16 @@ def check_memory(name: str, needed: int, dtype: torch.dtype, device: torch.devic
     if available is not None and needed > available:
         raise CapacityError(
             f"{name} needs {needed / 1e9:.2f} GB for its weights in {str(dtype).removeprefix('torch.')}, "
-            f"{device} has {available / 1e9:.2f} GB free; choose a smaller model or a half-precision --dtype"
+            f"{device} has {available / 1e9:.2f} GB free; choose a smaller model or a half-precision dtype",
+            setting="dtype",
         )
 
 
 def one_line(error: BaseException, width: int = 200) -> str:
     """An error's text on one line, cut to `width`; its type if it has none."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "weights_only" in text:  # PyTorch's advice is to run the file's code
+        text = "it holds more than tensors"
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -273,8 +361,11 @@ def weight_files(directory: Path) -> list[Path]:
         if (directory / name).is_file():
             return [directory / name]
         if index.is_file():
-            shards = read_json(index).get("weight_map", {})
-            return [directory / shard for shard in sorted(set(shards.values()))]
+            shards = read_json(index).get("weight_map")
+            names = shards.values() if isinstance(shards, dict) else [None]
+            if not shards or not all(isinstance(shard, str) and shard == Path(shard).name for shard in names):
+                raise ModelError(f"{index} has no weight_map from weights to files beside it; download it again")
+            return [directory / shard for shard in sorted(set(names))]
     return []
 
 
@@ -299,7 +390,23 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _check_supported(directory: Path, config: dict) -> None:
+def _check_generation_config(directory: Path) -> None:
+    """ModelError for a file that transformers would pass over in silence, and its EOS ids with it."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    if ids != [None] and not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelError(f"{path}: eos_token_id is {ids!r}; it must be a token id or a list of them")
+    try:
+        with quiet_transformers():
+            GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except LOADING_ERRORS as error:
+        raise ModelError(f"{path} is not a valid generation config ({one_line(error)}); download it again") from error
+
+
+def _check_architecture(directory: Path, config: dict) -> None:
     model_type = config.get("model_type")
     architectures = config.get("architectures") or [ARCHITECTURES.get(model_type, model_type)]
     if model_type not in ARCHITECTURES or not set(architectures) & set(ARCHITECTURES.values()):
@@ -307,8 +414,6 @@ def _check_supported(directory: Path, config: dict) -> None:
             f"{directory} is a {' / '.join(map(str, architectures))} (model_type {model_type}); "
             f"supported are causal LMs of the Llama family: {', '.join(ARCHITECTURES.values())}"
         )
-    if config.get("quantization_config"):
-        raise ModelError(f"{directory} is quantized; use the checkpoint in fp32, fp16 or bf16 it was made from")
 
 
 def _with_condensed_rope(directory: Path, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -317,8 +422,6 @@ def _with_condensed_rope(directory: Path, config: PreTrainedConfig) -> PreTraine
     Later revisions say the same in `rope_scaling` too: then there is nothing to do.
     """
     rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ModelError(f"{directory} has rope type {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}")
     ratio = getattr(config, "rope_condense_ratio", None) or 1
     if ratio == 1 or (rope["rope_type"] == "linear" and rope["factor"] == ratio):
         return config

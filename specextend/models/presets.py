@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
-from specextend.models.checkpoints import (
-    HUB_ID,
-)
+from specextend.models.checkpoints import HUB_ID, local_directory
 
-if TYPE_CHECKING:
-    pass
-
-BUNDLED_DIR = Path(__file__).parent / "bundled"
+BUNDLED_DIR = Path(__file__).resolve().parent / "bundled"
 
 
 @dataclass(frozen=True)
@@ -55,12 +49,13 @@ def find_preset(name_or_path: str) -> Preset:
     """A preset by its name, by its target's hub id, or by a directory called like it; else one made for the name."""
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
-    path = Path(name_or_path).expanduser()
-    if not name_or_path or not (path.is_dir() or HUB_ID.fullmatch(name_or_path)):
+    path = local_directory(name_or_path)
+    if path is None and not HUB_ID.fullmatch(name_or_path):
         raise ModelError(
             f"model {name_or_path!r} is unknown; choose one of {', '.join(PRESETS)}, "
             "or give an existing directory or a hub id (org/name)"
         )
+    path = path or Path(name_or_path)
     for preset in PRESETS.values():
         if HUB_ID.fullmatch(preset.target) and path.name == preset.target.split("/")[1]:
             return replace(preset, target=name_or_path)
@@ -69,6 +64,8 @@ def find_preset(name_or_path: str) -> Preset:
 
 
 def public_id(model_id: str) -> str:
-    """A model's name for records: the bundled pair without the path of this machine."""
-    path = Path(model_id)
-    return str(path.relative_to(BUNDLED_DIR.parent)) if path.is_relative_to(BUNDLED_DIR) else model_id
+    """A model's name for records: the bundled ones are "bundled/target" and so on, however their folder was given."""
+    if local_directory(model_id) is None:
+        return model_id
+    path = Path(model_id).expanduser().resolve()
+    return path.relative_to(BUNDLED_DIR.parent).as_posix() if path.is_relative_to(BUNDLED_DIR) else model_id

@@ -299,13 +299,21 @@ BAD = [
     ("--max_depth 0", "max_depth is 0"),
     ("--threshold -1", "threshold is -1"),
     ("--threshold nan", "threshold is nan"),
-    ("--retrieval_chunk_size 0", "retrieval_chunk_size is 0"),
-    ("--retrieve_top_k 0", "retrieve_top_k is 0"),
-    ("--retrieve_every_n_steps 0", "retrieve_every_n_steps is 0"),
+    (
+        "--retrieval_chunk_size 0",
+        "retrieval chunk_size is 0; give a whole number from 1 to 1048576 tokens (--retrieval_chunk_size)",
+    ),
+    ("--retrieve_top_k 0", "retrieval top_k is 0"),
+    ("--retrieve_every_n_steps 0", "retrieval every_n_steps is 0"),
     ("--retrieval_sink -1", "sink is -1"),
     ("--retrieval_recent 0", "recent is 0"),
     ("--draft_window -1", "draft_window is -1"),
     ("--prefill_block -1", "prefill_block is -1"),
+    ("--nodes 5000", "nodes is 5000; give a whole number from 1 to 1024 draft tokens (--nodes)"),
+    ("--retrieve_top_k 4611686018427387904", "(--retrieve_top_k)"),
+    ("--draft_window 99999999999999999999", "(--draft_window)"),
+    ("--method prompt_lookup --draft_cache retrieval", "drafting 'lookup' has no draft cache"),
+    ("--method autoregressive --draft_cache streaming", "drafting 'none' has no draft cache"),
     ("--temperature -0.1", "temperature is -0.1"),
     ("--temperature nan", "temperature is nan"),
     ("--temperature inf", "temperature is inf"),
@@ -348,7 +356,7 @@ def test_empty_stop_string_gives_one_line_and_status_2(classic):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_gpu_that_is_not_there_gives_one_line_and_status_2(classic):
     status, _, err = classic("--device", "cuda")
-    assert status == 2 and err == "DeviceError: device 'cuda' is not there; this machine has cpu\n"
+    assert status == 2 and err == "DeviceError: device 'cuda' is not there; this machine has cpu (--device)\n"
 
 
 @pytest.mark.parametrize("model", ["no-such-model", "", "a/b/c/d", "[/bold]", "model[red]"])

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import runpy
@@ -167,9 +168,9 @@ def test_fewer_samples_than_asked_for_are_announced(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ({}, None, "holds no text file; --from_dir reads .txt"),
+        ({}, None, "holds no text file; read are .txt"),
         ({"a.pdf": b"x"}, None, "holds no text file"),
-        ({"a.txt": b"too short"}, None, "none of 1 texts has 128 tokens; give longer texts or shorter --lengths"),
+        ({"a.txt": b"too short"}, None, "none of 1 texts has 128 tokens; give longer texts or shorter lengths"),
         ({"a.txt": b""}, None, "none of 0 texts"),
         ({"a.txt": b"caf\xe9"}, None, r"a.txt: not UTF-8 text \(byte 3\)"),
         ({"a.txt": b"x"}, "up/and/away", "'up/and/away' cannot name a folder"),
@@ -187,7 +188,7 @@ def test_an_unusable_folder_is_an_input_error_and_leaves_nothing(tmp_path, conte
 
 
 def test_a_missing_folder_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="nowhere is not a folder; --from_dir takes"):
+    with pytest.raises(InputError, match="nowhere is not a folder; give one of"):
         prepare_folder(tmp_path / "nowhere", None, config(tmp_path))
 
 
@@ -250,11 +251,49 @@ def test_a_write_that_fails_half_way_keeps_the_old_file_and_no_temporary_one(tmp
 
 def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path, short_topics):
     (tmp_path / "data").write_text("a file where the folder should be")
-    with pytest.raises(InputError, match="builtin_128.jsonl cannot be written .*--root"):
+    with pytest.raises(InputError, match="data/builtin cannot be written .*choose another folder"):
         prepare_known("builtin", config(tmp_path / "data", lengths=(128,)))
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"samples": 0}, "--samples is 0"), ({"lengths": ()}, "--lengths")])
+def test_a_root_that_cannot_be_written_is_found_before_any_text_is_read(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").write_text("a file where the folder should be")
+    monkeypatch.setattr(prepare, "hub_rows", lambda name: pytest.fail("read"))
+    monkeypatch.setattr(prepare, "load_cutter", lambda name: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="cannot be written") as raised:
+        prepare_known("pg19", config(tmp_path / "data"))
+    assert raised.value.setting == "root" and capsys.readouterr().err == ""
+    prepare.check_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_piped_run_has_no_progress_bar_and_one_line_per_error(tmp_path, capsys):
+    with pytest.raises(InputError, match="none of 1 texts"):
+        prepare.collect("set", iter([Document("a b", "s")]), Cutter(TOKENIZER, None), [128], 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_progress_bar_is_gone_before_the_error(monkeypatch):
+    def documents():
+        yield Document("a b", "s")
+        time.sleep(0.15)  # long enough for the bar to be shown
+        yield Document("c d", "s")
+
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(InputError):
+        prepare.collect("set", documents(), Cutter(TOKENIZER, None), [128], 1)
+    assert terminal.getvalue() == "" or terminal.getvalue().endswith("\r")
+
+
+def test_flag_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(monkeypatch, "--samples", "many")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "invalid int value: 'many'" in err
+
+
+@pytest.mark.parametrize(("settings", "message"), [({"samples": 0}, "samples is 0"), ({"lengths": ()}, "no length")])
 def test_settings_out_of_range_are_input_errors(settings, message):
     with pytest.raises(InputError, match=message):
         PrepareConfig(**settings)
@@ -455,7 +494,7 @@ def test_the_script_builds_all_sets_of_the_hub_or_those_named(tmp_path, monkeypa
     ("arguments", "message"),
     [
         (["--builtin", "--lengths", "1500"], "'1500' is not a length"),
-        (["--builtin", "--samples", "0"], "--samples is 0"),
+        (["--builtin", "--samples", "0"], "samples is 0"),
         (["--builtin", "--name", "x"], "--name names what --from_dir builds"),
         (["pg19", "--builtin"], "pg19 come from the hub"),
         (["gov"], "unknown data set 'gov'"),

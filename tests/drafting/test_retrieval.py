@@ -175,11 +175,11 @@ def test_a_context_that_fits_is_taken_whole_once(kind):
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ({"chunk_size": 0}, "retrieval_chunk_size is 0"),
-        ({"every_n_steps": 0}, "retrieve_every_n_steps is 0"),
+        ({"chunk_size": 0}, "retrieval chunk_size is 0"),
+        ({"every_n_steps": 0}, "retrieval every_n_steps is 0"),
         ({"sink": -1}, "sink is -1"),
-        ({"recent": 0}, "newest chunk must be kept"),
-        ({"top_k": 3, "sink": 2, "recent": 2}, "retrieve_top_k is 3; it must hold sink \\+ recent = 4"),
+        ({"recent": 0}, "retrieval recent is 0; give a whole number from 1"),
+        ({"top_k": 3, "sink": 2, "recent": 2}, "retrieval top_k is 3; it must hold sink \\+ recent = 4"),
     ],
 )
 def test_retrieval_settings_out_of_range_are_refused(setting, message):

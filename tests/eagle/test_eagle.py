@@ -384,8 +384,8 @@ def bad(weights: dict[str, Tensor], **changes) -> dict[str, Tensor]:
 
 
 FAULTS = {
-    "asked for the other": (eagle1_weights(2), {}, "eagle3", "EAGLE-1 head.*EAGLE-3 was asked.*--head eagle1"),
-    "asked for the one": (eagle3_weights(2), {}, "eagle1", "EAGLE-3 head.*EAGLE-1 was asked.*--head eagle3"),
+    "asked for the other": (eagle1_weights(2), {}, "eagle3", "EAGLE-1 head.*EAGLE-3 was asked.*ask for eagle1"),
+    "asked for the one": (eagle3_weights(2), {}, "eagle1", "EAGLE-3 head.*EAGLE-1 was asked.*ask for eagle3"),
     "hidden size": (eagle1_weights(2), {"hidden_size": 128}, None, "hidden size 128.*is 64"),
     "vocabulary": (eagle1_weights(2), {"vocab_size": 96}, None, "vocabulary 96.*is 97"),
     "missing": (
@@ -405,6 +405,18 @@ FAULTS = {
     "d2t": (bad(eagle3_weights(2), d2t=torch.full((40,), 90)), {}, None, "d2t names target ids 90 to 129.*97 tokens"),
     "t2d": (bad(eagle3_weights(2), t2d=torch.ones(97, dtype=torch.bool)), {}, None, "t2d.*do not belong together"),
     "layers": (eagle3_weights(2), {"eagle_aux_hidden_state_layer_ids": [2, 16, 29]}, None, "layers .2, 16, 29.*has 6"),
+    "nan": (
+        bad(eagle1_weights(2), fc__weight=torch.full((64, 128), torch.nan)),
+        {},
+        None,
+        r"1 weights hold NaN or infinity.*fc\.weight",
+    ),
+    "int8": (
+        bad(eagle1_weights(2), fc__weight=torch.ones(64, 128, dtype=torch.int8)),
+        {},
+        None,
+        r"stored as torch\.int8 .fc\.weight.: it is quantized",
+    ),
     "no head": ({"model.embed_tokens.weight": torch.ones(97, 64)}, {}, None, "no EAGLE head.*model.embed_tokens"),
 }
 

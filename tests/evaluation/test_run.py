@@ -274,7 +274,7 @@ def test_bad_requests_are_named_errors(data_dir, tmp_path):
 
 def test_setting_names_no_local_path_and_the_default_output_names_the_setting(data_dir):
     setting = setting_of(ScriptedEngine(), plan_of(data_dir))
-    assert (setting["target"], setting["draft"]) == ("specextend/models/bundled/target", "tiny")
+    assert (setting["target"], setting["draft"]) == ("bundled/target", "tiny")
     assert default_output(setting) == Path("results/toy_bundled_specextend.json")
     sampled = setting_of(
         ScriptedEngine(SpecExtendConfig.standard()), plan_of(data_dir, sampling=SamplingConfig(temperature=0.8))

@@ -15,7 +15,8 @@ import eagle
 from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data.builtin import builtin_text
-from specextend.models.presets import BUNDLED_DIR
+from specextend.evaluation.plan import public_name
+from specextend.models.presets import BUNDLED_DIR, public_id
 
 NEW = 32
 STANDARD, SPECEXTEND = SpecExtendConfig.standard(), SpecExtendConfig.specextend()
@@ -126,3 +127,11 @@ def test_bundled_draft_vocabulary_is_used(head_engine):
 
 def test_default_head_of_the_bundled_target_is_eagle3():
     assert eagle.load_models("bundled", device="cpu").draft_id == "bundled/eagle3"
+
+
+@pytest.mark.parametrize("name", ["target", "draft", "eagle3"])
+def test_the_bundled_models_have_one_name_however_their_folder_is_given(name, monkeypatch):
+    monkeypatch.chdir(BUNDLED_DIR.parent)
+    for given in (str(BUNDLED_DIR / name), f"bundled/{name}", f"../models/bundled/{name}"):
+        assert public_id(given) == public_name(given) == f"bundled/{name}"
+    assert public_id("org/model") == "org/model" and public_name("none") == "none"

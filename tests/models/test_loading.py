@@ -13,13 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
 from specextend.config import TreeConfig
 from specextend.errors import CapacityError, ConfigError, DeviceError, ModelError, SpecExtendError
 from specextend.models import checkpoints
-from specextend.models.checkpoints import find_checkpoint, read_config, weight_bytes
-from specextend.models.loading import choose_device, choose_dtype, load_models, load_tokenizer, position_limit
+from specextend.models.checkpoints import check_supported, find_checkpoint, read_config, weight_bytes
+from specextend.models.loading import load_models, load_tokenizer
+from specextend.models.placement import check_placement, choose_device, choose_dtype
+from specextend.models.positions import position_limit
 from specextend.models.presets import BUNDLED_DIR, PRESETS, find_preset
 
 SIZES = {
@@ -278,11 +280,13 @@ def test_unknown_name_lists_the_presets(name):
 @pytest.mark.parametrize("name", ["llama31_8b", "r1_distill_llama_8b"])
 def test_preset_without_small_draft_asks_for_one(name):
     message = refusal(ModelError, load_models, name)
-    assert name in message and "--draft_model" in message and "Llama-3.2-1B-Instruct" in message
+    assert name in message and "small draft model of its own" in message and "Llama-3.2-1B-Instruct" in message
 
 
 def test_directory_without_draft_asks_for_one(write):
-    assert "--draft_model" in refusal(ModelError, load_models, str(write(VICUNA)))
+    with pytest.raises(ModelError, match="small draft model of its own") as raised:
+        load_models(str(write(VICUNA)))
+    assert raised.value.setting == "draft_model"
 
 
 # ---- hub ----------------------------------------------------------------------------------------------------------
@@ -440,7 +444,7 @@ def test_unknown_dtype_lists_the_known(write):
     assert "'int4'" in message and "bf16" in message and "auto" in message
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:zero"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:zero", "mps"])
 def test_missing_device_says_what_is_there(device):
     message = refusal(DeviceError, choose_device, device)
     assert repr(device) in message and "cpu" in message
@@ -451,6 +455,17 @@ def test_cuda_without_gpu_is_refused_and_auto_is_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "'cuda'" in refusal(DeviceError, choose_device, "cuda")
     assert choose_device("auto") == torch.device("cpu")
+
+
+def test_dtypes_without_kernels_are_refused_and_auto_avoids_them(write, monkeypatch):
+    config, turing = read_config(write(VICUNA)), torch.device("cuda", 0)
+    assert "float64 has no attention kernels on a GPU" in refusal(DeviceError, choose_dtype, "fp64", config, turing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    message = refusal(DeviceError, choose_dtype, "fp16", config, turing)
+    assert "float16 needs a GPU of compute capability 8.0, cuda:0 has 7.5" in message
+    assert choose_dtype("auto", config, turing) == torch.float32
+    assert "'mps' has no kernels here" in refusal(DeviceError, check_placement, torch.float32, torch.device("mps"))
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------
@@ -467,7 +482,7 @@ def test_too_little_memory_is_refused_before_loading(write, monkeypatch):
     monkeypatch.setattr(checkpoints, "available_bytes", lambda device: 1000)
     monkeypatch.setattr("specextend.models.loading.load_causal_lm", None)
     message = refusal(CapacityError, load_target, write(VICUNA))
-    assert "GB" in message and "--dtype" in message and "smaller model" in message
+    assert "GB" in message and "half-precision dtype" in message and "smaller model" in message
 
 
 @pytest.mark.parametrize(
@@ -478,7 +493,7 @@ def test_memory_running_out_while_loading_is_a_capacity_error(write, monkeypatch
         raise error
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", run_out)
-    assert "--dtype" in refusal(CapacityError, load_target, write(VICUNA))
+    assert "half-precision dtype" in refusal(CapacityError, load_target, write(VICUNA))
 
 
 # ---- rope and limits ----------------------------------------------------------------------------------------------
@@ -601,7 +616,8 @@ def test_corrupt_weights_are_one_line(write, layout, file, kept):
 def test_pickle_with_code_is_not_run(write):
     directory = write(VICUNA, layout="bin")
     torch.save({"model.norm.weight": Path}, directory / "pytorch_model.bin")
-    assert str(directory) in refusal(ModelError, load_target, directory)
+    message = refusal(ModelError, load_target, directory)
+    assert str(directory) in message and "more than tensors" in message and "weights_only" not in message
 
 
 def test_missing_shard_is_named(write):
@@ -675,6 +691,80 @@ def test_other_architectures_are_refused(write, change, given):
 def test_quantized_checkpoint_is_refused(write):
     directory = write(VICUNA, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantized" in refusal(ModelError, load_target, directory)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_act": "swoosh"}, "the activation 'swoosh'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+         "rope type 'longrope'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantized"),
+        ({"num_hidden_layers": "two"}, "config"),
+    ],
+)  # fmt: skip
+def test_configs_our_models_do_not_compute_are_one_line(write, change, said):
+    directory = write(VICUNA)
+    (directory / "config.json").write_text(json.dumps({**VICUNA, **change}))
+    assert said in refusal(ModelError, load_target, directory)
+
+
+def test_check_supported_takes_a_config_from_anywhere(write):
+    config = read_config(write(VICUNA))
+    check_supported(config)
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0}
+    assert "the draft has rope type 'longrope'" in refusal(ModelError, check_supported, config, "the draft")
+    other = GPT2Config(architectures=["GPT2LMHeadModel"])
+    assert "the model is a GPT2LMHeadModel; supported are" in refusal(ModelError, check_supported, other)
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "../b"}}]
+)
+def test_malformed_index_of_shards_is_one_line(write, index):
+    directory = write(VICUNA, layout="sharded_safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json has no weight_map" in refusal(ModelError, load_target, directory)
+
+
+@pytest.mark.parametrize("name", ["~nouser/x", "x" * 300, "a/" + "x" * 300, "a\0b", "~nouser"])
+def test_paths_that_cannot_be_are_one_line(name, no_network):
+    refusal(ModelError, load_models, name)
+    refusal(ModelError, find_checkpoint, name)
+
+
+def test_folder_that_may_not_be_read_is_one_line(write, monkeypatch):
+    directory = write(VICUNA)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "check the folder's permissions" in refusal(ModelError, load_target, directory)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(write, layout, value):
+    weights = weights_of(VICUNA)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    message = refusal(ModelError, load_target, write(VICUNA, weights=weights, layout=layout))
+    assert "1 weights hold NaN or infinity in float32 (model.layers.1.mlp.up_proj.weight)" in message
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_integer_weights_are_refused(write, layout):
+    weights = weights_of(VICUNA)
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    message = refusal(ModelError, load_target, write(VICUNA, weights=weights, layout=layout))
+    assert "(model.layers.1.mlp.up_proj.weight): it is quantized" in message
+
+
+@pytest.mark.parametrize("content", ["{not json", "[1]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'])
+def test_corrupt_generation_config_is_one_line_and_loses_no_eos_id(write, content):
+    directory = write(VICUNA)
+    (directory / "generation_config.json").write_text(content)
+    assert "generation_config.json" in refusal(ModelError, load_target, directory)
 
 
 # ---- target and draft ---------------------------------------------------------------------------------------------
