@@ -9,8 +9,10 @@ Per call, on two cores of a server: the bundled pair MEASURED_PAIR ms, a model o
 from __future__ import annotations
 
 import functools
+import pickle
 import secrets
 import types
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +25,8 @@ UNREAD = {
     "_forward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 }  # fmt: skip
+UNREADABLE = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError, pickle.PicklingError)
 LANES = 1 << 18  # 8 bytes each; what is summed at once stays in a CPU's cache
-HEAP_TYPE = 1 << 9  # the flag of classes that Python code defines
 
 
 def fingerprint(model: nn.Module) -> tuple:
@@ -75,12 +77,17 @@ class _Reader:
             self._read_all({"of": value.__self__, "does": value.__func__})
         elif isinstance(value, types.BuiltinFunctionType) and isinstance(value.__self__, types.ModuleType | None):
             self.tokens.append(value)
-        elif all(kind is object or kind.__flags__ & HEAP_TYPE for kind in type(value).__mro__) and hasattr(
-            value, "__dict__"
-        ):
-            self._read_all(vars(value))
         else:
-            self.tokens.append(object())  # unreadable, so equal to nothing
+            self._read_state(value)
+
+    def _read_state(self, value: object) -> None:
+        """What a deep copy would take of it; an object() of its own, equal to nothing, where there is no such thing."""
+        try:
+            kind, arguments, *state = value.__reduce_ex__(2)
+        except UNREADABLE:
+            self.tokens.append(object())
+        else:
+            self.read((kind, arguments, [list(part) if isinstance(part, Iterator) else part for part in state]))
 
     def _read_all(self, parts: dict) -> None:
         self.tokens.append(len(parts))

@@ -115,6 +115,9 @@ def _changed_code(model: PreTrainedModel) -> Iterator[str]:
     for module in (model, decoder, decoder.rotary_emb, *layers):
         if not type(module).forward.__module__.startswith((family, "specextend.")):
             yield f"has a {type(module).__name__} with a forward of its own; use plain generate"
+    places, count = [layer.self_attn.layer_idx for layer in decoder.layers], model.config.num_hidden_layers
+    if places != list(range(count)):
+        yield f"has layers {places}; its config says {count}, each once and in order: mend one, or use plain generate"
 
 
 def _is_harmless(hook: object) -> bool:
