@@ -65,8 +65,8 @@ def test_signs_of_many_weights_at_once_are_noticed(pair):
 
 
 def test_parts_and_views_are_read_in_their_place():
-    tensor = torch.zeros(4 * LANES, dtype=torch.int64)
-    assert len({of(tensor.index_fill(0, torch.tensor([place * LANES]), 1)) for place in range(4)}) == 4
+    tensor = torch.zeros(4 * LANES["cpu"], dtype=torch.int64)
+    assert len({of(tensor.index_fill(0, torch.tensor([place * LANES["cpu"]]), 1)) for place in range(4)}) == 4
     odd = torch.arange(33, dtype=torch.float16)
     assert of(odd[1:]) == of(odd[1:].clone()) != of(odd[:32])  # of memory no 8 bytes begin at
     square = torch.arange(64.0).view(8, 8)
