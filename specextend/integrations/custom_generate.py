@@ -2,17 +2,18 @@
 
     model.generate(**inputs, custom_generate=specextend.custom_generate, draft_model="bundled", max_new_tokens=64)
 
-The engine runs twins of the models: modules of their own over the same weights, so that the user's stay as they are.
+The engine runs twins of the models (`twin.py`), so that the user's stay as they are. Nothing differs silently from
+plain `generate`: a request, a model or a change since the last call is honoured, or refused in one line.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -24,11 +25,12 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    QuantizedCache,
     StoppingCriteriaList,
 )
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
-    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -38,14 +40,14 @@ from transformers.generation.configuration_utils import GenerationMode
 from specextend.config import SamplingConfig, SpecExtendConfig
 from specextend.decoding.output import Output, Round
 from specextend.engine import SpecExtend
-from specextend.errors import ConfigError, InputError, ModelError
-from specextend.modeling.attention import NAME
-from specextend.modeling.packed import pack_linears
-from specextend.models.checkpoints import ARCHITECTURES, find_checkpoint, load_causal_lm, read_config
+from specextend.errors import ConfigError, ModelError
+from specextend.integrations.fingerprint import fingerprint
+from specextend.integrations.twin import check_model, is_ordinary, make_twin
+from specextend.models.checkpoints import find_checkpoint, load_causal_lm, one_line, read_config
 from specextend.models.loading import LoadedModels, position_limit
 from specextend.models.presets import PRESETS, Preset
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a float of so many bytes
+UNDERSTOOD = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "logits_to_keep")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order both sides apply them
 
 
@@ -55,6 +57,18 @@ class CustomGenerate:
     def __init__(self):
         self._engines: WeakKeyDictionary[PreTrainedModel, _Kept] = WeakKeyDictionary()
         self._lock = threading.Lock()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the call below. transformers asks for it at the one point where a tokenizer can be given back.
+
+        It takes `tokenizer=` away from every callable, and then finds none for the stop strings and token healing that
+        it does itself; a tokenizer that is among the arguments again is handed to both.
+        """
+        frame = _frame_of(GenerationMixin._extract_generation_mode_kwargs)
+        if frame is not None and "tokenizer" in frame.f_locals.get("generation_mode_kwargs", ()):
+            frame.f_locals["kwargs"]["tokenizer"] = frame.f_locals["generation_mode_kwargs"]["tokenizer"]
+        return inspect.signature(self.__call__)
 
     @torch.no_grad()
     def __call__(
@@ -68,26 +82,25 @@ class CustomGenerate:
         draft_model: PreTrainedModel | str | None = None,
         specextend_config: SpecExtendConfig | None = None,
         seed: int | None = None,
-        stop_strings: str | list[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """Continue `input_ids` [1, N] as plain `generate` would: the same tokens greedily, the same law sampled.
+
+        What would differ is refused: ConfigError for the request, ModelError for the models.
 
         Args:
             draft_model: a causal LM with the target's vocabulary: loaded, a directory, a hub id or a preset's name.
             specextend_config: None takes SpecExtend with all of its parts.
             seed: of the sampling noise, as `SamplingConfig.seed`; None draws one from torch's generator, so that
                 `torch.manual_seed` decides as it does for plain `generate`.
-            stop_strings: taken here, since `generate` finds no tokenizer for them beside a callable.
+            tokenizer: for `generate` itself (`stop_strings`, `token_healing`).
         Returns:
             [1, N + new] token ids, or transformers' output object under `return_dict_in_generate`.
         """
         lost = _lost_arguments()
-        _refuse(input_ids, generation_config, model_kwargs, lost)
-        if stop_strings is not None:
-            if lost.get("tokenizer") is None:
-                raise InputError("stop_strings need the model's tokenizer: generate(..., tokenizer=tokenizer)")
-            stopping_criteria.append(StopStringCriteria(lost["tokenizer"], stop_strings))
+        _refuse(model, input_ids, generation_config, model_kwargs, lost)
+        _check_own(specextend_config, seed)
         engine = self._engine(model, draft_model, specextend_config)
         processors, sampling = _split(logits_processor, generation_config.do_sample, seed)
         notes = _notes(generation_config, logits_processor[len(processors) :])
@@ -98,7 +111,7 @@ class CustomGenerate:
             generation_config.max_length - input_ids.shape[1],
             sampling=sampling,
             processors=processors,
-            until=_Until(input_ids, generation_config.max_length, stopping_criteria),
+            until=_Until(input_ids, generation_config.max_length, stopping_criteria, notes.get("scores")),
             on_round=_feeder(lost.get("streamer")),
         )
         if lost.get("streamer") is not None:
@@ -116,35 +129,37 @@ class CustomGenerate:
             self._engines.clear()
 
     def _engine(self, model: PreTrainedModel, draft, config: SpecExtendConfig | None) -> SpecExtend:
-        """The engine kept for the model, unless a weight, the draft or the setting changed since."""
-        _check(model, "the model")
+        """The engine kept for the model, unless anything about it, the draft or the setting changed since."""
+        check_model(model, "the model")
+        draft = _without_peft(draft)
         if isinstance(draft, PreTrainedModel):
-            _check(draft, "the draft")
+            check_model(draft, "the draft")
         elif not isinstance(draft, str):
+            given = one_line(repr(draft), 40)
             raise ConfigError(
-                f"draft_model is {draft!r}; give a loaded causal LM, a directory, a hub id or a preset's name"
+                f"draft_model is {given}; give a loaded causal LM, a directory, a hub id or a preset's name"
             )
         with self._lock:
-            weights = _fingerprint(model), _fingerprint(draft) if isinstance(draft, PreTrainedModel) else None
+            prints = fingerprint(model), fingerprint(draft) if isinstance(draft, PreTrainedModel) else None
             kept = self._engines.get(model)
-            if kept is None or not kept.serves(weights, draft, config):
+            if kept is None or not kept.serves(prints, draft, config):
                 self._engines.pop(model, None)  # freed before the next is made
-                engine = SpecExtend(_load(model, draft), config)
+                engine = SpecExtend(_load(model, draft), config, eager=not is_ordinary(model))
                 held = ref(draft) if isinstance(draft, PreTrainedModel) else lambda: draft
-                kept = self._engines[model] = _Kept(engine, weights, held, config)
+                kept = self._engines[model] = _Kept(engine, prints, held, config)
             return kept.engine
 
 
 @dataclass(frozen=True)
 class _Kept:
     engine: SpecExtend
-    weights: tuple
+    prints: tuple
     draft: Callable[[], object]
     config: SpecExtendConfig | None
 
-    def serves(self, weights: tuple, draft: object, config: SpecExtendConfig | None) -> bool:
+    def serves(self, prints: tuple, draft: object, config: SpecExtendConfig | None) -> bool:
         same_draft = self.draft() == draft if isinstance(draft, str) else self.draft() is draft
-        return self.weights == weights and same_draft and self.config == config
+        return self.prints == prints and same_draft and self.config == config
 
 
 # --- the models ---------------------------------------------------------------------------------------------------
@@ -158,7 +173,7 @@ def _load(model: PreTrainedModel, draft: PreTrainedModel | str) -> LoadedModels:
     else:
         if draft.device != model.device:
             raise ModelError(f"the model is on {model.device}, the draft on {draft.device}; put both on one device")
-        small = _twin(draft)
+        small = make_twin(draft)
     if small.config.vocab_size < model.config.vocab_size:
         raise ModelError(
             f"the draft knows {small.config.vocab_size} tokens, the model {model.config.vocab_size}; choose a draft "
@@ -167,7 +182,7 @@ def _load(model: PreTrainedModel, draft: PreTrainedModel | str) -> LoadedModels:
     return LoadedModels(
         name=name,
         preset=Preset(name, name, None, cpu_tree=PRESETS["bundled"].cpu_tree),
-        target=_twin(model),
+        target=make_twin(model),
         draft=small,
         tokenizer=_NoText(),
         eos_token_ids=frozenset(),  # among the stopping criteria
@@ -189,82 +204,89 @@ class _NoText:
         return ""
 
 
-def _check(model: PreTrainedModel, which: str) -> None:
-    """ModelError for a model our attention does not compute."""
-    if model.config.model_type not in ARCHITECTURES:
-        raise ModelError(f"{which} is a {type(model).__name__}; supported are {', '.join(ARCHITECTURES.values())}")
-    dtypes = {weight.dtype for weight in model.parameters()}
-    if not all(dtype.is_floating_point and dtype.itemsize in BITS for dtype in dtypes):
-        raise ModelError(f"{which} is quantized; load it in fp32, fp16 or bf16")
-    devices = {str(weight.device) for weight in model.parameters()}
-    if len(devices) > 1 or "meta" in devices:
-        raise ModelError(f"{which} is spread over {', '.join(sorted(devices))}; load it on one device")
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with our attention, in eval mode: modules and parameters of its own over the same memory.
-
-    What joins or packs weights does so to the twin, in a copy. Hence `_fingerprint`.
-    """
-    weights = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
-    twin = copy.deepcopy(model, weights).eval()
-    twin.set_attn_implementation(NAME)
-    pack_linears(twin)
-    return twin
-
-
-def _fingerprint(model: PreTrainedModel) -> tuple:
-    """Where every weight lies and the sum of its bits: what training, loading or merging an adapter changes."""
-    weights = [weight.detach() for weight in model.parameters()]
-    sums = [weight.view(BITS[weight.dtype.itemsize]).sum(dtype=torch.int64) for weight in weights]
-    return tuple(weight.data_ptr() for weight in weights), tuple(torch.stack(sums).tolist())
+def _without_peft(draft: object) -> object:
+    """The transformers model inside of PEFT's, its adapters with it."""
+    if isinstance(draft, nn.Module) and not isinstance(draft, PreTrainedModel) and hasattr(draft, "get_base_model"):
+        if draft.active_peft_config.is_prompt_learning:
+            raise ModelError("the draft has a prompt that PEFT learned; give a draft without, or with LoRA")
+        return draft.get_base_model()
+    return draft
 
 
 # --- the request --------------------------------------------------------------------------------------------------
 
 
+def _frame_of(function: Callable) -> FrameType | None:
+    """The innermost frame that runs `function`."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not inspect.unwrap(function).__code__:
+        frame = frame.f_back
+    return frame
+
+
 def _lost_arguments() -> dict[str, Any]:
-    """`streamer`, `tokenizer` and `assistant_model` as `generate` was given them.
+    """`streamer`, `assistant_model` and `synced_gpus` as `generate` was given them.
 
     transformers 5.17 collects them for its own loops and hands a callable none of them
-    (`GenerationMixin._extract_generation_mode_kwargs`); they are read where it still has them: in its frame, and in
-    that of the `torch.no_grad` around it.
+    (`GenerationMixin._extract_generation_mode_kwargs`); they are read where it still has them, in its frame.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
-        frame = frame.f_back
-    if frame is None:
-        return {}
-    return {
-        "streamer": frame.f_locals["streamer"],
-        "assistant_model": frame.f_locals["assistant_model"],
-        "tokenizer": frame.f_back.f_locals.get("kwargs", {}).get("tokenizer"),
-    }
+    frame = _frame_of(GenerationMixin.generate)
+    names = ("streamer", "assistant_model", "synced_gpus")
+    return {name: frame.f_locals.get(name) for name in names} if frame is not None else {}
 
 
-def _refuse(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], lost: dict[str, Any]) -> None:
+def _refuse(
+    model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any],
+    lost: dict[str, Any],
+) -> None:  # fmt: skip
     """ConfigError for what the engine does not do."""
     mode = config.get_generation_mode(lost.get("assistant_model"))
-    cache = model_kwargs.get("past_key_values")
-    mask = model_kwargs.get("attention_mask")
+    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    unknown = [name for name, value in model_kwargs.items() if name not in UNDERSTOOD and value is not None]
+    kinds = f"{mode.value.replace('_', ' ')}: it decodes greedily or samples (num_beams=1, no assistant_model)"
     faults = {
-        f"{mode.value.replace('_', ' ')}: it decodes greedily or samples (num_beams=1, no assistant_model)": (
-            mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        ),
+        kinds: mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
         f"num_return_sequences={config.num_return_sequences}: ask for one, several times": (
             (config.num_return_sequences or 1) > 1
         ),
         f"a batch of {len(input_ids)} prompts: give one at a time": len(input_ids) > 1,
         "an attention_mask with zeros: leave the padding away": mask is not None and not bool(mask.all()),
         "inputs_embeds: give input_ids": model_kwargs.get("inputs_embeds") is not None,
-        "past_key_values with contents: give the whole prompt": cache is not None and cache.get_seq_length() > 0,
+        "past_key_values: it has a cache of its own; give the whole prompt, without a cache": (
+            getattr(cache, "_is_user_defined", False)
+        ),
+        "a quantized cache, which changes the answer: leave cache_implementation away": (
+            isinstance(cache, QuantizedCache)
+        ),
         "output_attentions and output_hidden_states: they are not kept": bool(
             config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
         ),
+        f"{', '.join(unknown)}: the engine's models are given tokens alone": bool(unknown),
+        "synced_gpus: it runs on one device": bool(lost.get("synced_gpus")),
+        "autocast: load the model in the dtype it should run in": torch.is_autocast_enabled(input_ids.device.type),
     }
     for fault, found in faults.items():
         if found:
             raise ConfigError(f"specextend.custom_generate does not take {fault}")
+    if mask is not None and mask.shape != input_ids.shape:
+        shapes = f"{list(mask.shape)} beside input_ids of {list(input_ids.shape)}"
+        raise ConfigError(f"specextend.custom_generate does not take an attention_mask of {shapes}: give equal shapes")
+    usual = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if positions is not None and not torch.equal(positions.to(usual).expand_as(input_ids)[0], usual):
+        raise ConfigError(
+            "specextend.custom_generate does not take position_ids other than 0, 1, 2, ...: leave them away"
+        )
+
+
+def _check_own(config: object, seed: object) -> None:
+    """ConfigError for arguments of ours that are not what they should be."""
+    if config is not None and not isinstance(config, SpecExtendConfig):
+        given = one_line(repr(config), 40)
+        raise ConfigError(
+            f"specextend_config is {given}; give a specextend.SpecExtendConfig, or None for all its parts"
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ConfigError(f"seed is {one_line(repr(seed), 40)}; give an integer in 0 .. 2^63 - 1, or None")
 
 
 def _split(
@@ -294,16 +316,18 @@ def _split(
 
 
 class _Until:
-    """Stopping criteria asked as `generate` asks them: after every token, with the ids [1, n] so far."""
+    """Stopping criteria asked as `generate` asks them: after every token, with the ids [1, n] and scores so far."""
 
-    def __init__(self, prompt: Tensor, max_length: int, criteria: StoppingCriteriaList):
+    def __init__(self, prompt: Tensor, max_length: int, criteria: StoppingCriteriaList, scores: _Note | None):
         self._prompt_tokens, self._criteria = prompt.shape[1], criteria
+        self._scores = scores if scores is not None and scores.wanted else None
         self._ids = torch.cat((prompt, prompt.new_zeros(1, max_length - prompt.shape[1])), dim=1)
 
     def __call__(self, token_ids: list[int]) -> bool:
         end = self._prompt_tokens + len(token_ids)
         self._ids[0, end - 1] = token_ids[-1]
-        return bool(self._criteria(self._ids[:, :end], None).all())
+        scores = self._scores and self._scores.rows(len(token_ids))
+        return bool(self._criteria(self._ids[:, :end], scores).all())
 
 
 def _feeder(streamer) -> Callable[[Output, Round | None], None] | None:

@@ -36,6 +36,10 @@ class PackedLinear(nn.Module):
         """The weight [out, in], unpacked: a copy."""
         return self._weight.to_dense()
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias
+
     def unpacked(self) -> nn.Linear:
         """The layer it was made of, with a copy of the weight."""
         linear = nn.Linear(self.in_features, self.out_features, self._bias is not None, device="meta")

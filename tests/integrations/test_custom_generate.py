@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessor,
@@ -22,8 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 import specextend
 from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.errors import ConfigError, InputError, ModelError
-from specextend.integrations.custom_generate import CustomGenerate, _twin
+from specextend.errors import ConfigError, ModelError
+from specextend.integrations.custom_generate import CustomGenerate
+from specextend.integrations.twin import make_twin
 from specextend.models.loading import load_models
 
 NEW = 24
@@ -136,6 +139,64 @@ def test_own_stopping_criteria_and_processors_are_asked_as_plain_generate_asks(p
         )  # fmt: skip
         seen.append((out.tolist(), until.seen))
     assert seen[0] == seen[1] and len(seen[0][1]) < 60
+
+
+def test_stopping_criteria_are_given_the_scores_of_plain_generate(pair, door, make_prompt):
+    class Surprised(StoppingCriteria):
+        """Ends at the first token that is less likely than `limit`."""
+
+        def __init__(self):
+            self.seen = []
+
+        def __call__(self, input_ids, scores, **_):
+            self.seen.append(scores and [round(float(row.softmax(-1).max()), 3) for row in scores])
+            return torch.full((1,), bool(scores) and self.seen[-1][-1] < 0.12)
+
+    target, draft = pair
+    ids = make_prompt(40)[None]
+    for wanted in ({"return_dict_in_generate": True, "output_scores": True}, {"output_scores": True}):
+        seen = []
+        for options in ({}, {"custom_generate": door, "draft_model": draft, "specextend_config": EAGER_TREE}):
+            until = Surprised()
+            target.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0, do_sample=False,
+                stopping_criteria=[until], **wanted, **options,
+            )  # fmt: skip
+            seen.append(until.seen)
+        assert seen[0] == seen[1] and len(seen[0]) > 1
+        assert (seen[0][0] is None) == ("return_dict_in_generate" not in wanted)
+
+
+class Grammar(LogitsProcessor):
+    """As those that constrain an answer to a grammar: it follows the text, and knows no text behind the end."""
+
+    def __init__(self, eos: int, most: int):
+        self.eos, self.most = eos, most
+
+    def __call__(self, input_ids, scores):
+        assert int(input_ids[0, -1]) != self.eos, "asked behind the end"
+        assert input_ids.shape[1] < self.most, "asked beyond max_length"
+        return scores.roll(1, dims=-1)
+
+
+@pytest.mark.skipif(find_spec("specextend.decoding.observer") is None, reason="the loops still ask behind the end")
+def test_processors_are_not_asked_behind_the_end(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(40)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "pad_token_id": 0, "do_sample": False}
+    free = target.generate(ids, logits_processor=[Grammar(-1, 40 + NEW)], **request)
+    for eos in (-1, *free[0, 45:60].tolist()):
+        plain, ours = (
+            target.generate(
+                ids,
+                logits_processor=[Grammar(eos, 40 + NEW)],
+                eos_token_id=eos if eos >= 0 else None,
+                **request,
+                **door_,
+            )
+            for door_ in ({}, {"custom_generate": door, "draft_model": target, "specextend_config": EAGER_TREE})
+        )
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize("kind", ["tied", "qwen2", "qwen3", "mistral", "llama3", "dynamic"])
@@ -321,7 +382,7 @@ def test_engine_goes_with_its_model_or_by_close(make_model, hf_twin, door, make_
 
 def test_weights_moved_in_the_twin_stay_where_they_are_in_the_model(make_model, hf_twin):
     target = hf_twin(make_model("tied")).double()  # not packed, as on a GPU
-    before, twin = state_of(target), _twin(target)
+    before, twin = state_of(target), make_twin(target)
     assert [weight.data_ptr() for weight in twin.parameters()] == [weight.data_ptr() for weight in target.parameters()]
     for weight in twin.parameters():  # as captured rounds do when they join what reads the same input
         weight.data = weight.data.clone()
@@ -341,16 +402,38 @@ def test_weights_moved_in_the_twin_stay_where_they_are_in_the_model(make_model, 
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
         ({"draft_model": None}, "draft_model is None"),
         ({"draft_model": 7}, "draft_model is 7"),
+        ({"draft_model": torch.nn.Linear(1, 1)}, "draft_model is Linear"),
+        ({"specextend_config": {}}, "specextend_config is {}"),
+        ({"specextend_config": "standard"}, "specextend_config is 'standard'"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"seed": -1, "do_sample": True}, "seed is -1"),
+        ({"position_ids": torch.arange(5, 25)[None]}, "position_ids other than 0, 1, 2"),
+        ({"attention_mask": torch.ones(1, 7)}, r"attention_mask of \[1, 7\] beside input_ids of \[1, 20\]"),
+        ({"past_key_values": DynamicCache()}, "past_key_values: it has a cache of its own"),
+        ({"synced_gpus": True}, "synced_gpus"),
+        ({"num_items_in_batch": 1}, "num_items_in_batch"),
     ],
     ids=str,
 )
 def test_other_kinds_of_generation_are_refused_in_a_line(options, message, pair, door, make_prompt):
     target, draft = pair
-    request = {"max_new_tokens": 4, "pad_token_id": 0, "draft_model": draft} | options
     ids = make_prompt(20)[None]
+    request = {"max_new_tokens": 4, "pad_token_id": 0, "draft_model": draft, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ConfigError, match=message) as raised:
-        target.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=door, **request)
+        target.generate(ids, custom_generate=door, **request | options)
     assert "\n" not in str(raised.value)
+
+
+def test_autocast_is_refused_and_usual_positions_are_not(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(20)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    request["position_ids"] = torch.arange(20)[None]
+    plain = target.generate(ids, **request)
+    assert torch.equal(target.generate(ids, custom_generate=door, draft_model=draft, **request), plain)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ConfigError, match="does not take autocast"):
+        target.generate(ids, custom_generate=door, draft_model=draft, **request)
 
 
 def test_batches_padding_and_filled_caches_are_refused(pair, door, make_prompt):
@@ -407,8 +490,23 @@ def test_bundled_pair_by_name_with_streamed_text_and_stop_strings(plain_bundled,
     assert torch.equal(
         plain_bundled.generate(**inputs, **request, **ours, stop_strings=[stop], tokenizer=tokenizer), stopped
     )
-    with pytest.raises(InputError, match="tokenizer=tokenizer"):
-        plain_bundled.generate(**inputs, **request, **ours, stop_strings=[stop])
+    configured = GenerationConfig(**request, stop_strings=[stop])
+    for options in ({}, ours):
+        out = plain_bundled.generate(**inputs, generation_config=configured, tokenizer=tokenizer, **options)
+        assert torch.equal(out, stopped)
+    for options in ({}, ours):
+        with pytest.raises(ValueError, match="could not locate a tokenizer"):
+            plain_bundled.generate(**inputs, **request, **options, stop_strings=[stop])
+
+
+def test_token_healing_is_plain_generates(plain_bundled, bundled_models):
+    tokenizer = copy.deepcopy(bundled_models.tokenizer)
+    tokenizer.pad_token_id = tokenizer.pad_token_id or 0
+    inputs = tokenizer("The king said th", return_tensors="pt")
+    request = {"max_new_tokens": 12, "do_sample": False, "token_healing": True, "tokenizer": tokenizer}
+    plain = plain_bundled.generate(**inputs, **request)
+    ours = {"custom_generate": specextend.custom_generate, "draft_model": "bundled"}
+    assert torch.equal(plain_bundled.generate(**inputs, **request, **ours), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
