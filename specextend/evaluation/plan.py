@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WARM_UP_NEW_TOKENS = 8
 SEEDS = 2**63
+DEFAULT_FOLDER = Path("results")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
     }
 
 
-def default_output(setting: dict[str, Any], directory: Path = Path("results")) -> Path:
+def default_output(setting: dict[str, Any], directory: Path = DEFAULT_FOLDER) -> Path:
     """`results/<data>_<model>_<draft>_<method>.json`, with the temperature in the name when it is not 0."""
     temperature = setting["sampling"]["temperature"]
     parts = [setting["data"], Path(setting["model"]).name, Path(setting["draft"]).name, setting["method"]]

@@ -377,7 +377,7 @@ def test_progress_on_a_terminal_ends_in_the_table(data_dir, tmp_path):
 def test_eval_classic_prints_the_summary_as_json_on_its_last_line(data_dir, tmp_path, monkeypatch, capsys):
     engine = ScriptedEngine()
     monkeypatch.setattr(commands, "load_models", lambda *_, **__: engine.models)
-    monkeypatch.setattr(commands, "SpecExtend", lambda *_, **__: engine)
+    monkeypatch.setattr(commands, "uniform_engine", lambda *_, **__: engine)
     monkeypatch.setattr(commands.flags, "config_from", lambda args, models, *_: engine.config)
     output = tmp_path / "toy.json"
     flags = ["--data_dir", data_dir, "-n", 2, "-r", 1, "--max_gen_len", 25, "--output_file", output, "--lengths", "1K"]
