@@ -57,10 +57,12 @@ def fitted_table(columns: Sequence[Column], width: int, *, title: str = "", capt
         return _stacked(columns, title, caption)
     left_out = [column.heading for column in columns if column not in shown]
     table = Table(box=SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), pad_edge=False, show_edge=False)
+    room = width - _width_of(shown)
     for column in shown:
-        table.add_column(
-            Text(column.heading), justify="left" if column.left else "right", min_width=column.width, no_wrap=False
-        )
+        more = max(0, len(column.heading) - column.width)  # for the whole heading on one line
+        more *= more <= room
+        room -= more
+        table.add_column(Text(column.heading), justify="left" if column.left else "right", width=column.width + more)
     for row in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*(Text(cell) for cell in row))
     notes = [caption] if caption else []
