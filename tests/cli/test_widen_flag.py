@@ -56,8 +56,8 @@ def test_the_shape_stands_wherever_a_number_does(tiny_pair):
     engine = loaded("small", "--widen", "tiny")
     setting = setting_of(engine, Plan("toy", {}))
     assert setting["model"] == "bundled widened to tiny"
-    assert setting["target"] == "models/bundled/target widened to tiny_target"
-    assert setting["draft"] == "models/bundled/draft widened to tiny_draft"
+    assert setting["target"] == "bundled/target widened to tiny_target"
+    assert setting["draft"] == "bundled/draft widened to tiny_draft"
     name = "toy_bundled-widened-to-tiny_draft-widened-to-tiny_draft_specextend.json"
     assert str(default_output(setting)) == f"results/{name}"
 
