@@ -9,18 +9,20 @@ decoded autoregressively in the same process. Writes the per-length figures (JSO
 
 from __future__ import annotations
 
-from functools import partial
-
-from specextend.cli import commands, flags
+from specextend.cli.entry import run
 
 
 def main() -> None:
+    from functools import partial
+
+    from specextend.cli import commands, flags
+
     parser = flags.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
-    flags.add_model_flags(parser)
+    flags.add_model_flags(parser, widen=True)
     commands.add_eval_flags(parser)
     args = parser.parse_args()
     commands.measure(args, partial(commands.load_pair, args))
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    run(main)

@@ -9,13 +9,15 @@ decoded autoregressively in the same process. Writes the per-length figures (JSO
 
 from __future__ import annotations
 
-from functools import partial
-
-from eagle.entry import add_model_flags, load_pair
-from specextend.cli import commands, flags
+from specextend.cli.entry import run
 
 
 def main() -> None:
+    from functools import partial
+
+    from eagle.entry import add_model_flags, load_pair
+    from specextend.cli import commands, flags
+
     parser = flags.parser("Speculative against autoregressive decoding, length by length; run again to resume.")
     add_model_flags(parser)
     commands.add_eval_flags(parser)
@@ -24,4 +26,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    run(main)

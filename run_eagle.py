@@ -7,13 +7,15 @@ python run_eagle.py -m llama31_8b -i prompts.jsonl --use_specextend --verbose
 
 from __future__ import annotations
 
-from functools import partial
-
-from eagle.entry import add_model_flags, load_pair
-from specextend.cli import commands, flags
+from specextend.cli.entry import run
 
 
 def main() -> None:
+    from functools import partial
+
+    from eagle.entry import add_model_flags, load_pair
+    from specextend.cli import commands, flags
+
     parser = flags.parser(__doc__.splitlines()[0])
     add_model_flags(parser)
     commands.add_run_flags(parser)
@@ -22,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    run(main)

@@ -6,14 +6,18 @@ import argparse
 
 from eagle.models import load_models
 from eagle.weights import KINDS
+from eagle.widen import widened
 from specextend.cli import flags
 from specextend.errors import ConfigError
 from specextend.models.loading import LoadedModels
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    flags.add_model_flags(parser)
-    parser.add_argument("--head", choices=KINDS, help="else the preset's, or what --draft_model holds")
+    flags.add_model_flags(parser, widen=True)
+    parser.add_argument(
+        "--head", choices=KINDS, default=argparse.SUPPRESS, help="kind of EAGLE head (default: the one that belongs to "
+        "the target, or what --draft_model holds)",
+    )  # fmt: skip
 
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:
@@ -23,5 +27,9 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
             "an EAGLE head reads the target's embedding and readout, which --tensor_parallel spreads over devices; "
             "draft with a small model (run_classic.py, eval_classic.py)"
         )
-    draft = getattr(args, "draft_model", None)
-    return load_models(args.model_name, head=args.head, draft=draft, dtype=args.dtype, device=args.device)
+    head, shape = getattr(args, "head", None), flags.shape_from(args)
+    models = load_models(
+        args.model_name, head=head, draft=flags.draft_from(args), dtype="float32" if shape else args.dtype,
+        device=args.device,
+    )  # fmt: skip
+    return widened(models, shape, dtype=args.dtype) if shape else models

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from eagle.drafter import EagleDrafter
 from eagle.heads import Eagle1Head, Eagle3Head, Head
+from specextend.models import widen as small_lm
+from specextend.models.loading import LoadedModels
 from specextend.models.widen import (
+    PAIRS,
     STD,
     live_layers,
     wide_epsilon,
@@ -16,6 +23,19 @@ from specextend.models.widen import (
     widen_norm,
     widen_readout,
 )
+
+
+def widened(models: LoadedModels, shape: str, *, dtype: str = "auto") -> LoadedModels:
+    """As `specextend.models.widen.widened`, for a target with an EAGLE head."""
+    wide = small_lm.widened(models, shape, dtype=dtype)
+    with torch.inference_mode():
+        head = widen_head(models.draft, models.target, wide.target, draft_vocab=PAIRS[shape].draft_vocab)
+    return replace(
+        wide,
+        draft=head,
+        drafter=partial(EagleDrafter, target=wide.target),
+        draft_id=f"{models.draft_id} widened to {shape}",
+    )
 
 
 def widen_head(head: Head, target: PreTrainedModel, wide: PreTrainedModel, *, draft_vocab: int, seed: int = 0) -> Head:

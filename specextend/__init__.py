@@ -1,10 +1,14 @@
 """SpecExtend: lossless speculative decoding that stays fast on long inputs (arXiv 2505.20776)."""
 
-from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
-from specextend.decoding.output import Generation, Round
-from specextend.engine import SpecExtend
-from specextend.integrations.custom_generate import custom_generate
-from specextend.models.presets import PRESETS
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+    from specextend.decoding.output import Generation, Round
+    from specextend.engine import SpecExtend
+    from specextend.integrations.custom_generate import custom_generate
+    from specextend.models.presets import PRESETS
 
 __all__ = [
     "PRESETS",
@@ -17,3 +21,21 @@ __all__ = [
     "TreeConfig",
     "custom_generate",
 ]
+_HOMES = {
+    "PRESETS": "models.presets",
+    "Generation": "decoding.output",
+    "RetrievalConfig": "config",
+    "Round": "decoding.output",
+    "SamplingConfig": "config",
+    "SpecExtend": "engine",
+    "SpecExtendConfig": "config",
+    "TreeConfig": "config",
+    "custom_generate": "integrations.custom_generate",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import on first use: the command line answers, and can be interrupted, before PyTorch is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

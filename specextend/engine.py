@@ -64,7 +64,9 @@ class SpecExtend:
     ):  # fmt: skip
         self._models: LoadedModels | None = models
         self._eager = eager
-        self.config = config or default_config(models)
+        if not isinstance(config, SpecExtendConfig | None):
+            raise ConfigError(f"config is {config!r}; give a SpecExtendConfig, or None for all parts of SpecExtend")
+        self.config = default_config(models) if config is None else config
         make_exact(models.target)
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         drafter = _build_drafter(models, self.config, self._cache)
@@ -239,7 +241,7 @@ class SpecExtend:
 
     def _speculate(self, output: Output) -> Iterator[Round | None]:
         if self._speculative is None:
-            raise ModelError(f"{self.models.name} was loaded without a draft model; name one with --draft_model")
+            raise ModelError(f"{self.models.name} was loaded without a draft model; name one", setting="draft_model")
         return self._speculative(output)
 
     def _decoding(self, config: SpecExtendConfig, drafter: Drafter) -> Decode:
@@ -259,22 +261,26 @@ class SpecExtend:
         depth: int | None = None,
     ) -> Output:  # fmt: skip
         """Check the request against the models before anything runs."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_gen_len is {max_new_tokens}; it must be at least 1")
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ConfigError(
+                f"{max_new_tokens!r} new tokens are asked for; give an integer of at least 1", setting="max_new_tokens"
+            )
         stop = _checked_stop(stop)
         if not isinstance(sampling, SamplingConfig):
             raise ConfigError(f"sampling is {sampling!r}; give a SamplingConfig")
         ids = self.encode(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
         if self.max_prompt_tokens(max_new_tokens) < 1:
             raise CapacityError(
-                f"max_gen_len is {max_new_tokens}, but {self.models.name} holds {self.limit} positions, the prompt's "
-                f"included; ask for at most {self.limit - 1}"
+                f"{max_new_tokens} new tokens are asked for, but {self.models.name} holds {self.limit} positions, the "
+                f"prompt's included; ask for at most {self.limit - 1}",
+                setting="max_new_tokens",
             )
         if len(ids) > self.max_prompt_tokens(max_new_tokens):
             raise CapacityError(
                 f"the prompt has {len(ids)} tokens and {max_new_tokens} more are asked for, but {self.models.name} "
-                f"holds {self.limit} positions; use at most {self.max_prompt_tokens(max_new_tokens)} prompt tokens "
-                "(--input_len cuts the prompt to fit) or a smaller --max_gen_len"
+                f"holds {self.limit} positions; use at most {self.max_prompt_tokens(max_new_tokens)} prompt tokens, or "
+                "fewer new ones",
+                setting="prompt_tokens",
             )
         if self.models.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.models.device)

@@ -1,64 +1,100 @@
-"""What the entry points share: flags, settings out of flags, and errors as one line with exit status 2."""
+"""What the entry points share: flags, and settings out of flags."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import fields, replace
+import shutil
+import textwrap
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any, get_type_hints
 
-from rich.console import Console
-
-from specextend.cli.flag_names import FLAGS
-from specextend.config import DRAFT_CACHES, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.cli.entry import run as run
+from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
-from specextend.errors import ConfigError, SpecExtendError, describe
+from specextend.errors import ConfigError
 from specextend.methods import METHODS, find_method
 from specextend.models import tensor_parallel
 from specextend.models.loading import LoadedModels
+from specextend.models.placement import DTYPES
 from specextend.models.presets import PRESETS
+from specextend.models.widen import PAIRS
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run an entry point: a mistake of the user's is one line on stderr and exit status 2, Ctrl-C is 130."""
-    try:
-        main()
-    except SpecExtendError as error:
-        if tensor_parallel.speaks():
-            print(describe(error, FLAGS), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+@dataclass(frozen=True)
+class Setting:
+    """A field of a config that has a flag; type and default are the field's own.
+
+    Args:
+        part: where `SpecExtendConfig` holds it, "" for its own fields.
+        name: the field, where the flag is called otherwise.
+    """
+
+    config: type
+    part: str
+    text: str
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SWITCH = {"action": argparse.BooleanOptionalAction}
+SETTINGS = {
+    "flash_prefill": Setting(SpecExtendConfig, "", "FlashAttention for the prefill of target and draft", "", SWITCH),
+    "hybrid_tree_attention": Setting(SpecExtendConfig, "", "Hybrid Tree Attention for verification", "", SWITCH),
+    "draft_cache": Setting(SpecExtendConfig, "", "what the draft attends to", "", {"choices": DRAFT_CACHES}),
+    "draft_window": Setting(SpecExtendConfig, "", "sliding window of the draft's prefill in tokens, 0: no window"),
+    "prefill_block": Setting(SpecExtendConfig, "", "tokens per block of the prefill, 0: chosen for the device"),
+    "nodes": Setting(TreeConfig, "tree", "draft tokens per tree"),
+    "max_depth": Setting(TreeConfig, "tree", "levels per tree"),
+    "threshold": Setting(TreeConfig, "tree", "expected accepted tokens that one more level must add"),
+    "min_probability": Setting(TreeConfig, "tree", "leave out nodes that are less probable than this"),
+    "retrieval_chunk_size": Setting(RetrievalConfig, "retrieval", "tokens per retrieved chunk", "chunk_size"),
+    "retrieve_top_k": Setting(RetrievalConfig, "retrieval", "chunks the draft attends to", "top_k"),
+    "retrieve_every_n_steps": Setting(RetrievalConfig, "retrieval", "rounds between two retrievals", "every_n_steps"),
+    "retrieval_sink": Setting(RetrievalConfig, "retrieval", "first chunks, always kept", "sink"),
+    "retrieval_recent": Setting(RetrievalConfig, "retrieval", "newest chunks, always kept", "recent"),
+    "temperature": Setting(SamplingConfig, "sampling", "sampling temperature, 0: greedy"),
+    "top_p": Setting(SamplingConfig, "sampling", "nucleus sampling: probability mass to choose from, 1: all"),
+    "top_k": Setting(SamplingConfig, "sampling", "number of most probable tokens to choose from, 0: all"),
+    "seed": Setting(SamplingConfig, "sampling", "random seed of sampling"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
     """Flag mistakes, too, are one line and status 2, without the usage dump."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, *, widen: bool = False) -> None:
+    """Flags for what is loaded; `widen`: the program can widen it."""
     group = parser.add_argument_group("models")
     names = ", ".join(PRESETS)
-    group.add_argument("--model_name", "-m", default="bundled", help=f"target: {names}, a directory or a hub id")
     group.add_argument(
-        "--draft_model", default=argparse.SUPPRESS, help="a directory or hub id; else the preset's draft"
+        "--model_name", "-m", default="bundled", help=f"target model: {names}, a local directory or a hub id"
     )
+    group.add_argument(
+        "--draft_model", default=argparse.SUPPRESS, help="draft model: a local directory or a hub id"
+        " (default: the one that belongs to the target)",
+    )  # fmt: skip
     group.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16; auto is float32 on a CPU")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--eager", action="store_true", help="no CUDA graphs and fused kernels, which a GPU has else")
+    group.add_argument("--eager", action="store_true", help="disable CUDA graphs and fused kernels")
+    if widen:
+        group.add_argument(
+            "--widen", choices=PAIRS, default=argparse.SUPPRESS, help="pad the loaded models with idle weights to the "
+            "size of these: same tokens, the cost of the large models",
+        )  # fmt: skip
 
 
 def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("a target on several GPUs (docs/scale.md)")
+    group = parser.add_argument_group("tensor parallelism (docs/scale.md)")
     group.add_argument(
-        "--tensor_parallel", action="store_true", help="share the target among the processes of this torchrun"
+        "--tensor_parallel", action="store_true", help="split the target over the processes of this torchrun"
     )
     group.add_argument("--check_ranks", action="store_true", help="compare their trees and logits in every round")
 
@@ -72,43 +108,43 @@ def ranks_from(args: argparse.Namespace) -> tensor_parallel.Ranks | None:
     return None
 
 
+def draft_from(args: argparse.Namespace) -> str | None:
+    """The draft the flags name, None where they name none."""
+    draft = getattr(args, "draft_model", None)
+    if draft == "":
+        raise ConfigError("--draft_model is empty; give a directory or a hub id, or leave the flag out")
+    return draft
+
+
+def shape_from(args: argparse.Namespace) -> str | None:
+    """The shape that the flags ask to widen the models to."""
+    shape = getattr(args, "widen", None)
+    if shape and getattr(args, "tensor_parallel", False):
+        raise ConfigError("--widen and --tensor_parallel cannot be combined: widened weights are not on any disk")
+    if shape and args.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype {args.dtype!r} is unknown; choose one of auto, {', '.join(DTYPES)}")
+    return shape
+
+
 def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Flags for what decodes; `several`: `--method` takes more than one name."""
     group = parser.add_argument_group("method")
-    switch = {"action": argparse.BooleanOptionalAction, "default": argparse.SUPPRESS}
     named = {"metavar": "NAME"} | ({"nargs": "+"} if several else {})
-    _add(group, "--method", str, "what decodes, by name; standard tree speculative decoding without it", **named)
-    group.add_argument("--list_methods", action=_ListMethods, help="print the names and what they mean")
     group.add_argument(
-        "--use_specextend", action="store_true", help="all parts of SpecExtend: the same as --method specextend"
+        "--method", default=argparse.SUPPRESS, help="decoding method, see --list_methods (default: standard)", **named
     )
-    group.add_argument("--flash_prefill", **switch, help="FlashAttention prefill of target and draft")
-    group.add_argument("--hybrid_tree_attention", **switch, help="verification by Hybrid Tree Attention")
-    _add(group, "--draft_cache", str, "what the draft attends to", choices=DRAFT_CACHES)
-    _add(group, "--draft_window", int, "sliding window of the draft's flash prefill, tokens; 0 is full causal")
-    _add(group, "--prefill_block", int, "tokens per block of the flash prefill")
-    _add(group, "--nodes", int, "draft tokens per tree")
-    _add(group, "--max_depth", int, "levels of a draft tree")
-    _add(group, "--threshold", float, "expected accepted tokens one more level must add")
-    _add(group, "--min_probability", float, "leave out nodes that are reached with less than this probability")
-    _add(group, "--retrieval_chunk_size", int, "tokens per chunk")
-    _add(group, "--retrieve_top_k", int, "chunks in the working cache")
-    _add(group, "--retrieve_every_n_steps", int, "rounds between refreshes of the working cache")
-    _add(group, "--retrieval_sink", int, "first chunks always kept")
-    _add(group, "--retrieval_recent", int, "newest chunks always kept")
+    group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
+    group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
+    _add_settings(group, "", "tree", "retrieval")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    _add(group, "--temperature", float, "0 is greedy, and the default")
-    group.add_argument("--top_p", type=float, default=1.0, help="nucleus mass, 1 is off")
-    group.add_argument("--top_k", type=int, default=0, help="most probable tokens to choose from, 0 is off")
-    group.add_argument("--seed", type=int, default=0, help="of the sampling noise")
+    _add_settings(parser.add_argument_group("sampling"), "sampling")
 
 
 def sampling_from(args: argparse.Namespace, temperature: float = 0.0) -> SamplingConfig:
     """The sampling the flags ask for; `temperature` is the default where no flag gives one."""
-    return SamplingConfig(getattr(args, "temperature", temperature), args.top_p, args.top_k, args.seed)
+    return SamplingConfig(**{"temperature": temperature} | _given(args, "sampling"))
 
 
 def methods_from(args: argparse.Namespace) -> list[str]:
@@ -121,7 +157,19 @@ def methods_from(args: argparse.Namespace) -> list[str]:
         )
     for name in names or ():
         find_method(name)
+    repeated = [name for name in names or () if names.count(name) > 1]
+    if repeated:
+        raise ConfigError(f"--method names {repeated[0]} twice; give each method once")
     return names or ["specextend" if args.use_specextend else "standard"]
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """ConfigError for a setting out of its range, before anything is loaded."""
+    for name in methods_from(args):
+        _with_given(
+            args, find_method(name).config(TreeConfig(), RetrievalConfig(top_k=256))
+        )  # as large as any preset's
+    sampling_from(args)
 
 
 def config_from(args: argparse.Namespace, models: LoadedModels, method: str | None = None) -> SpecExtendConfig:
@@ -130,30 +178,41 @@ def config_from(args: argparse.Namespace, models: LoadedModels, method: str | No
     Args:
         method: one of `methods_from`; None takes the first.
     """
-    base = find_method(method or methods_from(args)[0]).config(default_tree(models), models.preset.retrieval)
-    retrieval = {
-        "chunk_size": "retrieval_chunk_size",
-        "top_k": "retrieve_top_k",
-        "every_n_steps": "retrieve_every_n_steps",
-        "sink": "retrieval_sink",
-        "recent": "retrieval_recent",
-    }
+    chosen = find_method(method or methods_from(args)[0])
+    return _with_given(args, chosen.config(default_tree(models), models.preset.retrieval))
+
+
+def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendConfig:
     return replace(
         base,
-        **_given(args, {name.name: name.name for name in fields(SpecExtendConfig)}),
-        tree=replace(base.tree, **_given(args, {name.name: name.name for name in fields(TreeConfig)})),
-        retrieval=replace(base.retrieval, **_given(args, retrieval)),
+        **_given(args, ""),
+        tree=replace(base.tree, **_given(args, "tree")),
+        retrieval=replace(base.retrieval, **_given(args, "retrieval")),
     )
 
 
-def _given(args: argparse.Namespace, flags: dict[str, str]) -> dict:
-    """Settings whose flag was typed: {setting: flag} -> {setting: value}."""
-    return {setting: getattr(args, flag) for setting, flag in flags.items() if hasattr(args, flag)}
+def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
+    """Fields of one part of the setting whose flags were typed."""
+    return {
+        setting.name or flag: getattr(args, flag)
+        for flag, setting in SETTINGS.items()
+        if setting.part == part and hasattr(args, flag)
+    }
 
 
-def _add(group, flag: str, kind: type, text: str, **options) -> None:
-    """A flag that is absent from the namespace unless it is typed, so that defaults live in one place."""
-    group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **options)
+def _add_settings(group, *parts: str) -> None:
+    """Flags of `parts`, absent from the namespace unless they are typed, so that defaults live in one place."""
+    for flag, setting in SETTINGS.items():
+        if setting.part in parts:
+            name = setting.name or flag
+            kind = {} if setting.options else {"type": get_type_hints(setting.config)[name]}
+            default = next(one.default for one in fields(setting.config) if one.name == name)
+            assert default is not MISSING, f"{name} has a default"
+            preset = " or the model's own" if setting.part in ("tree", "retrieval") else ""
+            shown = "" if setting.options == SWITCH else f" (default: {default}{preset})"
+            group.add_argument(
+                f"--{flag}", default=argparse.SUPPRESS, help=setting.text + shown, **kind, **setting.options
+            )
 
 
 class _ListMethods(argparse.Action):
@@ -163,13 +222,8 @@ class _ListMethods(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
 
     def __call__(self, parser, *_) -> None:
-        width = max(map(len, METHODS))
+        indent = max(map(len, METHODS)) + 2
         for name, method in METHODS.items():
-            print(f"{name:{width}}  {method.summary}")
+            line = f"{name:{indent}}{method.summary}"
+            print(textwrap.fill(line, shutil.get_terminal_size((120, 24)).columns, subsequent_indent=" " * indent))
         parser.exit()
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Numbers and paths uncoloured, lines unbroken where the output is no terminal."""
-    width = None if sys.stdout.isatty() else 120
-    return Console(width=width, stderr=stderr, highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import statistics
+import threading
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
-from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
-from specextend.cli.flags import console
 from specextend.config import SamplingConfig
 from specextend.data.encoded import EncodedPrompt
 from specextend.decoding.output import Generation, Output, Round
 from specextend.decoding.text import TextStream
 from specextend.engine import SpecExtend
+from specextend.evaluation.plan import WARM_UP_NEW_TOKENS
+from specextend.evaluation.terminal import Column, PlainConsole, fitted_table
+from specextend.evaluation.workers import warm
 from specextend.methods import name_of
 
 DRAFT_STYLE, TARGET_STYLE = "green", "bold yellow"
+QUIET_S = 30.0  # without a terminal: seconds between lines that say what goes on
 
 
 class ConsoleReporter:
@@ -31,17 +35,18 @@ class ConsoleReporter:
 
     def __init__(self, *, verbose: bool, result_line: bool):
         self._verbose, self._result_line = verbose, result_line
-        self._out, self._err = console(), console(stderr=True)
+        self._out, self._err = PlainConsole(), PlainConsole(stderr=True)
+        self._out.soft_wrap = not self._out.is_terminal
 
-    def busy(self, what: str) -> AbstractContextManager:
-        """A spinner while something long runs."""
-        return self._err.status(escape(what))
+    def busy(self, what: str) -> Busy:
+        """Says what goes on while something long runs."""
+        return Busy(self._err, what)
 
     def introduce(self, engine: SpecExtend, sampling: SamplingConfig) -> None:
         models, config = engine.models, engine.config
         self._out.print(
-            f"[bold]{escape(models.name)}[/] on {models.device}, {str(models.dtype).removeprefix('torch.')}; "
-            f"draft {escape(str(models.draft_id))}"
+            f"[bold]{escape(models.name)}[/] on {models.device}, {str(models.dtype).removeprefix('torch.')}, "
+            f"{getattr(engine, 'backend', 'eager')}; draft {escape(models.draft_id or 'none')}"
         )
         on = {True: "on", False: "off"}
         self._out.print(
@@ -52,36 +57,62 @@ class ConsoleReporter:
         )
 
     def answer(self, prompt: EncodedPrompt, methods: dict[str, Callable[..., Generation]], **request) -> None:
-        """Run every method on `prompt`, show the last one's text and the figures of all."""
+        """Run every method on `prompt`, show the last one's text and the figures of all.
+
+        Several methods are warmed up on the prompt, and timed twice, there and back again, so that a machine that
+        slows down slows all of them.
+        """
         cut = f", cut from {prompt.original_tokens}" if prompt.original_tokens > len(prompt.ids) else ""
         self._out.print(f"\n[bold]prompt[/] {escape(prompt.source)}: {len(prompt.ids)} tokens{cut}")
-        results = {}
-        for name, generate in methods.items():
-            shown = self._verbose and name == list(methods)[-1]
-            results[name] = self._follow(name, generate, prompt, shown, request)
+        shown = list(methods)[-1]
+        runs: dict[str, list[Generation]] = {name: [] for name in methods}
+        for name in [*methods, *reversed(methods)] if len(methods) > 1 else methods:
+            streams = self._verbose and name == shown and not runs[name]
+            if len(methods) > 1 and not runs[name]:
+                self._warm_up(name, methods[name], prompt, request)
+            runs[name].append(self._follow(name, methods[name], prompt, streams, request))
         if not self._verbose:
-            self._out.print(results[name].text, markup=False)
-        self._out.print(_figures(results) if len(results) > 1 else "\n" + _one_line(name, results[name]))
+            self._out.print(runs[shown][0].text, markup=False)
+        self._out.print()
+        if len(methods) > 1:
+            self._out.print(_figures(runs, self._out.width), soft_wrap=False)
+        else:
+            self._out.print(_one_line(shown, runs[shown][0]))
         if self._result_line:
-            for name, result in results.items():
-                print(json.dumps({"method": name, "source": prompt.source} | _summary(result)))
+            for name, done in runs.items():
+                print(json.dumps({"method": name, "source": prompt.source} | _summary(done)))
 
-    def _follow(self, name, generate, prompt: EncodedPrompt, shown: bool, request: dict) -> Generation:
-        tokenizer_text: TextStream | None = None
-        with self._err.status(f"{name}: reading {len(prompt.ids)} tokens") as status:
+    def _warm_up(self, name: str, generate, prompt: EncodedPrompt, request: dict) -> None:
+        new_tokens = min(WARM_UP_NEW_TOKENS, request["max_new_tokens"])
+        with self.busy(f"{name}: warming up on {len(prompt.ids)} tokens"):
+            generate(prompt.ids, **request | {"max_new_tokens": new_tokens})
+
+    def _follow(self, name: str, generate, prompt: EncodedPrompt, streams: bool, request: dict) -> Generation:
+        if streams:
+            return self._stream(name, generate, prompt, request)
+        with self.busy(f"{name}: reading {len(prompt.ids)} tokens") as busy:
 
             def on_round(output: Output, round_: Round | None) -> None:
-                nonlocal tokenizer_text
-                if not shown:
-                    status.update(f"{name}: {output.new_tokens} of {output.max_new_tokens} tokens")
-                    return
-                status.stop()
-                tokenizer_text = tokenizer_text or TextStream(output.decode, output.stop)
-                self._print_round(tokenizer_text, output, round_)
+                busy.update(f"{name}: {output.new_tokens} of {output.max_new_tokens} tokens")
+
+            return warm(lambda: generate(prompt.ids, on_round=on_round, **request))
+
+    def _stream(self, name: str, generate, prompt: EncodedPrompt, request: dict) -> Generation:
+        """A generation whose text is printed as it comes."""
+        text: TextStream | None = None
+        with self.busy(f"{name}: reading {len(prompt.ids)} tokens") as busy:
+
+            def on_round(output: Output, round_: Round | None) -> None:
+                nonlocal text
+                busy.stop()
+                text = text or TextStream(output.decode, output.stop)
+                self._print_round(text, output, round_)
 
             result = generate(prompt.ids, on_round=on_round, **request)
-        if shown:
-            self._out.print(f"\n\n[{DRAFT_STYLE}]accepted draft tokens[/], [{TARGET_STYLE}]the target's own[/]", end="")
+        self._out.print()
+        if self._out.color_system:
+            legend = f"[{DRAFT_STYLE}]accepted draft tokens[/], [{TARGET_STYLE}]the target's own[/]"
+            self._out.print(f"\n{legend}", end="")
         return result
 
     def _print_round(self, stream: TextStream, output: Output, round_: Round | None) -> None:
@@ -104,45 +135,38 @@ def _one_line(name: str, result: Generation) -> str:
     )
 
 
-def _figures(results: dict[str, Generation]) -> Table:
-    """The methods side by side; speedups are against the first of them."""
-    baseline = next(iter(results.values()))
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    for column in (
-        "new\ntokens",
-        "accepted\n/round",
-        "tokens\n/round",
-        "prefill\ns",
-        "decode\ntok/s",
-        "overall\ntok/s",
-        "speedup\ndecode",
-        "speedup\noverall",
-        "same\ntokens",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, result in results.items():
-        table.add_row(
-            name,
-            str(result.new_tokens),
-            f"{result.accepted_per_round:.2f}",
-            f"{result.tokens_per_round:.2f}",
-            f"{result.ttft_s:.2f}",
-            f"{result.decode_tokens_per_s:.1f}",
-            f"{result.tokens_per_s:.1f}",
-            f"{_over(result.decode_tokens_per_s, baseline.decode_tokens_per_s)}",
-            f"{_over(result.tokens_per_s, baseline.tokens_per_s)}",
-            "yes" if result.token_ids == baseline.token_ids else "NO",
-        )
-    return table
+def _figures(runs: dict[str, list[Generation]], width: int) -> RenderableType:
+    """The methods side by side, the runs of each pooled; speedups are against the first of them."""
+    figures = {name: _summary(done) for name, done in runs.items()}
+    first, done_first = next(iter(figures.values())), next(iter(runs.values()))
+
+    def column(heading: str, cell: Callable[[dict], str], rank: int = 0) -> Column:
+        return Column(heading, [cell(one) for one in figures.values()], rank)
+
+    same = [all(one.token_ids == done_first[0].token_ids for one in done) for done in runs.values()]
+    columns = [
+        Column("", list(figures), left=True),
+        column("new tokens", lambda one: str(one["new_tokens"]), 5),
+        column("accepted per round", lambda one: f"{one['accepted_per_round']:.2f}"),
+        column("tokens per round", lambda one: f"{one['tokens_per_round']:.2f}", 4),
+        column("prefill s", lambda one: f"{one['ttft_s']:.2f}", 3),
+        column("decode tok/s", lambda one: f"{one['decode_tokens_per_s']:.1f}", 1),
+        column("overall tok/s", lambda one: f"{one['tokens_per_s']:.1f}", 2),
+        column("speedup decode", lambda one: _over(one["decode_tokens_per_s"], first["decode_tokens_per_s"])),
+        column("speedup overall", lambda one: _over(one["tokens_per_s"], first["tokens_per_s"])),
+        Column("same tokens", ["yes" if equal else "NO" for equal in same]),
+    ]
+    return fitted_table(columns, width)
 
 
 def _over(value: float, baseline: float) -> str:
     return f"{value / baseline:.2f}x" if baseline else "-"
 
 
-def _summary(result: Generation) -> dict:
-    """The figures of a generation, for a line of JSON."""
+def _summary(runs: list[Generation]) -> dict:
+    """The figures of a method's runs on one prompt, rates over all of them, for a line of JSON."""
+    result = runs[0]
+    decode_s, total_s = (sum(getattr(one, name) for one in runs) for name in ("decode_s", "total_s"))
     return {
         "prompt_tokens": result.prompt_tokens,
         "new_tokens": result.new_tokens,
@@ -150,8 +174,43 @@ def _summary(result: Generation) -> dict:
         "rounds": len(result.rounds),
         "accepted_per_round": round(result.accepted_per_round, 4),
         "tokens_per_round": round(result.tokens_per_round, 4),
-        "ttft_s": round(result.ttft_s, 4),
-        "decode_tokens_per_s": round(result.decode_tokens_per_s, 2),
-        "tokens_per_s": round(result.tokens_per_s, 2),
+        "ttft_s": round(statistics.fmean(one.ttft_s for one in runs), 4),
+        "decode_tokens_per_s": round(sum(one.new_tokens - 1 for one in runs) / decode_s, 2) if decode_s else 0.0,
+        "tokens_per_s": round(sum(one.new_tokens for one in runs) / total_s, 2) if total_s else 0.0,
         "text": result.text,
     }
+
+
+class Busy:
+    """What goes on, as a spinner; without a terminal as a line on stderr every `QUIET_S` seconds."""
+
+    def __init__(self, console: Console, text: str):
+        self._text, self._console, self._began = text, console, time.monotonic()
+        self._status = console.status(escape(text)) if console.is_terminal else None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Busy:
+        if self._status:
+            self._status.start()
+        else:
+            threading.Thread(target=self._tell, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def update(self, text: str) -> None:
+        self._text = text
+        if self._status:
+            self._status.update(escape(text))
+
+    def stop(self) -> None:
+        """Say no more; safe to call again."""
+        self._ended.set()
+        if self._status:
+            self._status.stop()
+
+    def _tell(self) -> None:
+        while not self._ended.wait(QUIET_S):
+            seconds = time.monotonic() - self._began
+            self._console.print(f"{self._text}, {seconds:.0f} s so far", markup=False, soft_wrap=True)

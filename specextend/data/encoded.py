@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from specextend.data.builtin import builtin_text
-from specextend.data.prompts import cut_to_fit, read_prompts
-from specextend.errors import ConfigError
+from specextend.data.prompts import Prompt, cut_to_fit
+from specextend.errors import CapacityError, ConfigError
 
 BUILTIN_LENGTH = 4096
+CHARACTERS_PER_TOKEN = 32  # no text has more; longer ones than the model holds are refused before they are tokenized
 ANSWER_MARKER = 64  # tokens kept at a prompt's end when it is cut: the question, the template's last words
 
 
@@ -26,7 +26,7 @@ class EncodedPrompt:
 
 
 def gather_prompts(
-    input_file: Path | None,
+    prompts: Sequence[Prompt] | None,
     limit: int,
     length: int | None,
     *,
@@ -34,23 +34,29 @@ def gather_prompts(
     max_prompt_tokens: int,
     has_template: bool,
 ) -> Iterator[EncodedPrompt]:
-    """Up to `limit` prompts of `input_file`, or the built-in text, cut to `length` tokens if one is given.
+    """Up to `limit` of `prompts`, or the built-in text, cut to `length` tokens if one is given.
 
     A prompt that is too long and was not asked to be cut is left as it is: the engine says what is allowed.
 
     Args:
         encode: text -> ids [N], template included.
-        max_prompt_tokens: the model's limit, for the built-in text.
+        max_prompt_tokens: what the model holds besides the new tokens.
         has_template: whether `encode` puts the text into a conversation, whose last words must stay.
     """
     for name, setting, value in (("max_samples", "prompts", limit), ("input_len", "prompt_tokens", length)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1", setting=setting)
-    if input_file is None:
+    if prompts is None:
         tail = ANSWER_MARKER if has_template else 0
         yield _builtin(encode, length or max(1, min(BUILTIN_LENGTH, max_prompt_tokens)), tail)
         return
-    for prompt in read_prompts(input_file, limit):
+    most = CHARACTERS_PER_TOKEN * max(1, max_prompt_tokens)
+    for prompt in prompts[:limit]:
+        if len(prompt.text) > most:
+            raise CapacityError(
+                f"{prompt.source} has {len(prompt.text):,} characters; {max_prompt_tokens:,} tokens are left for the "
+                f"prompt, for which a text may have {most:,}: shorten it"
+            )
         ids = encode(prompt.text)
         yield EncodedPrompt(cut_to_fit(ids, length, ANSWER_MARKER) if length else ids, prompt.source, len(ids))
 

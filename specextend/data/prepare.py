@@ -302,11 +302,15 @@ def _open_rows(source: HubSource) -> Iterator[tuple[dict, str]]:
 
 
 def _unavailable(name: str, reason: str) -> InputError:
-    return InputError(
-        f"{name} cannot be fetched from the Hugging Face hub ({reason}); either build it from your own texts: "
-        f"`python scripts/prepare_data.py --from_dir FOLDER --name {name}`, or use Python's language reference: "
-        f"`python scripts/prepare_data.py --builtin` and then --data_dir data/{BUILTIN}"
-    )
+    if name == AIME:
+        way_out = f"write problems as {name}/{name}.jsonl, a line each: " + '{"problem": "...", "answer": "..."}'
+    else:
+        way_out = (
+            f"either build it from your own texts: `python scripts/prepare_data.py --from_dir FOLDER --name {name}`, "
+            "or use Python's language reference: `python scripts/prepare_data.py --builtin` and then "
+            f"--data_dir data/{BUILTIN}"
+        )
+    return InputError(f"{name} cannot be fetched from the Hugging Face hub ({reason}); {way_out}")
 
 
 def _first_line(error: Exception) -> str:

@@ -6,13 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from specextend.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    pass
-from specextend.evaluation.records import SampleRecord
+from specextend.evaluation.files import append_lines, set_aside, write_whole
+from specextend.evaluation.records import SampleRecord, label
 
 T = TypeVar("T")
 # may change between the sessions that fill one journal; threads stand in every record
@@ -27,19 +25,36 @@ class Journal:
         path: the JSON Lines file; opened if it is there, begun with `manifest` if not.
         manifest: `{"setting": ..., "environment": ...}`. An existing journal must have been begun with the same one,
             commit and date aside; ConfigError otherwise.
+        fresh: read nothing and start over: with the first record what is there moves aside, and so does `derived`.
+        derived: the file that is made of the journal.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], *, fresh: bool = False, derived: Path | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.records: list[SampleRecord] = []
-        lines = _complete_lines(path)
-        if len(lines) > 1:
-            self.manifest = _parse(path, 1, lines[0], dict)
-            _require_same(path, self.manifest, manifest)
-            self.records = [
-                _parse(path, number, line, SampleRecord.from_json) for number, line in enumerate(lines[1:], start=2)
-            ]
+        self._old = [one for one in (path, derived) if one is not None] if fresh else []
+        if not fresh:
+            self._read()
+
+    def _read(self) -> None:
+        """Take over what is there."""
+        lines = _complete_lines(self.path)
+        if len(lines) < 2:
+            return
+        measured = _parse(self.path, 1, lines[0], dict)
+        _require_same(self.path, measured, self.manifest)
+        self.manifest = measured
+        for number, line in enumerate(lines[1:], start=2):
+            record = _parse(self.path, number, line, SampleRecord.from_json)
+            if self.find(record.key) is not None:
+                raise InputError(
+                    f"{self.path}:{number} repeats a record ({label(record.key)}); remove that line, "
+                    "or pass --fresh to start over"
+                )
+            self.records.append(record)
 
     def find(self, key: tuple[str, int, int]) -> SampleRecord | None:
         """The record of (bucket, sample, run), if it was measured already."""
@@ -48,13 +63,14 @@ class Journal:
     def append(self, record: SampleRecord) -> None:
         """Write a record through to the disk; the first one brings the manifest with it."""
         assert self.find(record.key) is None, f"{record.key} is in {self.path} already"
+        for old in self._old:
+            set_aside(old)
         entries = [record.to_json()] if self.records else [self.manifest, record.to_json()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a" if self.records else "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-            file.flush()
-            os.fsync(file.fileno())
+        if not self.records:
+            self.path.unlink(missing_ok=True)  # it holds a manifest at most
+        append_lines(self.path, [json.dumps(entry, ensure_ascii=False) for entry in entries])
         self.records.append(record)
+        self._old = []
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -101,7 +117,4 @@ def _flatten(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write the whole file or nothing: a reader, or a kill, never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -12,14 +12,16 @@ from specextend.config import SamplingConfig
 from specextend.data.prompts import Prompt, find_buckets, normal_label, read_prompts
 from specextend.errors import ConfigError, InputError
 from specextend.evaluation.environment import ROOT
+from specextend.evaluation.fingerprint import fingerprint
 from specextend.methods import name_of
 from specextend.models.presets import public_id
 
 if TYPE_CHECKING:
     from specextend import SpecExtend
 
-WARM_UP_PROMPT_TOKENS = 1024
 WARM_UP_NEW_TOKENS = 8
+SEEDS = 2**63
+DEFAULT_FOLDER = Path("results")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Plan:
         buckets: prompts by nominal length, shortest first.
         runs_per_sample: how often each prompt is measured.
         max_new_tokens: new tokens per generation at most.
-        sampling: of method and baseline alike; run r of sample i uses seed + 1000 i + r.
+        sampling: of method and baseline alike; run r of sample i uses seed + 1000 i + r, modulo 2^63.
         method: by its name (`methods.py`); None is whatever the engine's setting is.
     """
 
@@ -66,14 +68,7 @@ class Plan:
         for bucket, prompts in self.buckets.items():
             for sample, prompt in enumerate(prompts):
                 for run in range(self.runs_per_sample):
-                    yield Task((bucket, sample, run), prompt, self.sampling.seed + 1000 * sample + run)
-
-
-def label(task: Task, samples: int | None = None, runs: int | None = None) -> str:
-    """A task for people, who count from 1: "4K sample 2/20 run 1/2"."""
-    bucket, sample, run = task.key
-    of_samples, of_runs = (f"/{count}" if count else "" for count in (samples, runs))
-    return f"{bucket} sample {sample + 1}{of_samples} run {run + 1}{of_runs}"
+                    yield Task((bucket, sample, run), prompt, (self.sampling.seed + 1000 * sample + run) % SEEDS)
 
 
 def require_positive(**settings: int) -> None:
@@ -105,33 +100,31 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
         "model": public_name(models.name),
         "target": public_name(models.target_id),
         "draft": public_name(models.draft_id or "none"),
+        "weights": {"target": fingerprint(models.target), "draft": models.draft and fingerprint(models.draft)},
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
         **({"ranks": models.ranks} if models.ranks > 1 else {}),
+        "backend": getattr(engine, "backend", "eager"),
         "method": name_of(engine.config),
         "config": asdict(engine.config),
         "sampling": asdict(plan.sampling),
-        "seeds": "seed + 1000 * sample + run, the same for method and baseline",
+        "seeds": "(seed + 1000 * sample + run) modulo 2^63, the same for method and baseline",
         "max_gen_len": plan.max_new_tokens,
         "warm_up": {
-            "generations": "one by the method and one autoregressively per length, not measured",
-            "prompt_tokens": WARM_UP_PROMPT_TOKENS,
+            "generations": "one by the method and one autoregressively of each length's first prompt, not measured",
             "new_tokens": WARM_UP_NEW_TOKENS,
         },
         "order": "method and baseline take turns on each prompt; who is first alternates",
     }
 
 
-def default_output(setting: dict[str, Any], directory: Path = Path("results")) -> Path:
-    """`results/<data>_<model>_<method>.json`, with the temperature in the name when it is not 0."""
+def default_output(setting: dict[str, Any], directory: Path = DEFAULT_FOLDER) -> Path:
+    """`results/<data>_<model>_<draft>_<method>.json`, with the temperature in the name when it is not 0."""
     temperature = setting["sampling"]["temperature"]
-    parts = [
-        setting["data"],
-        Path(setting["model"]).name,
-        setting["method"],
-        *([f"t{temperature:g}"] * (temperature > 0)),
-    ]
-    return directory / f"{'_'.join(parts)}.json"
+    parts = [setting["data"], Path(setting["model"]).name, Path(setting["draft"]).name, setting["method"]]
+    if temperature:
+        parts.append(f"t{temperature:g}")
+    return directory / f"{'_'.join(parts).replace(' ', '-')}.json"
 
 
 def public_name(model: str) -> str:

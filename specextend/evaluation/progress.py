@@ -7,8 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from specextend.evaluation.plan import Plan, Task, label
-from specextend.evaluation.records import SampleRecord
+from specextend.evaluation.plan import Plan, Task
+from specextend.evaluation.records import SampleRecord, label
 
 DECODE_COST = 16  # one new token takes about as long as 16 prompt tokens; only the remaining time shown depends on it
 
@@ -61,7 +61,7 @@ class Reporter:
         self._console.print(line, soft_wrap=True, markup=False)
 
     def _label(self, task: Task) -> str:
-        return label(task, len(self._plan.buckets[task.key[0]]), self._plan.runs_per_sample)
+        return label(task.key, len(self._plan.buckets[task.key[0]]), self._plan.runs_per_sample)
 
     def _work(self, task: Task) -> float:
         """Rough cost of a task in prompt tokens, four characters each."""

@@ -26,8 +26,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from specextend.errors import ConfigError, SpecExtendError, WorkerError
 from specextend.evaluation.environment import ROOT
-from specextend.evaluation.plan import Plan, Task, label
-from specextend.evaluation.records import SampleRecord
+from specextend.evaluation.plan import Plan, Task
+from specextend.evaluation.records import SampleRecord, label
 from specextend.evaluation.workers import Engines, Failure, LocalWorker, Unwatched, Watch
 from specextend.models.checkpoints import one_line
 
@@ -163,7 +163,7 @@ class RayWorkers:
                 if attempts[task.key] == ATTEMPTS:
                     yield task, Failure(f"{ATTEMPTS} attempts, at last: {reason}")
                 else:
-                    watch.note(f"{label(task)} failed in worker {member.number} ({reason}); it goes to another")
+                    watch.note(f"{label(task.key)} failed in worker {member.number} ({reason}); it goes to another")
                     queue.append(task)
             else:
                 yield task, record

@@ -181,6 +181,13 @@ class SampleRecord:
         return cls(**fields, **timings, worker=worker and Worker(**worker))
 
 
+def label(key: tuple[str, int, int], samples: int | None = None, runs: int | None = None) -> str:
+    """A record's key for people, who count from 1: "4K sample 2/20 run 1/2"."""
+    bucket, sample, run = key
+    of_samples, of_runs = (f"/{count}" if count else "" for count in (samples, runs))
+    return f"{bucket} sample {sample + 1}{of_samples} run {run + 1}{of_runs}"
+
+
 def hash_tokens(token_ids: Sequence[int]) -> str:
     """sha256 of the token ids as little-endian int64."""
     return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()

@@ -15,13 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
-from specextend.errors import ConfigError
+from specextend.errors import CapacityError, ConfigError
 from specextend.evaluation.aggregate import aggregate
+from specextend.evaluation.files import check_output, locked
 from specextend.evaluation.journal import Journal, write_json
-from specextend.evaluation.plan import Plan, Task, default_output, label
+from specextend.evaluation.plan import Plan, Task, default_output
 from specextend.evaluation.progress import Reporter
-from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord
-from specextend.evaluation.tables import _lengths, output_table, results_table, stdout_console
+from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord, label
+from specextend.evaluation.tables import lengths_of, output_table, results_table
+from specextend.evaluation.terminal import PlainConsole
 from specextend.evaluation.workers import Failure, Workers
 
 
@@ -40,20 +42,46 @@ def evaluate(
 
     Args:
         output_file: the per-length JSON; the journal lies beside it. None: `default_output`.
-        fresh: discard what an earlier evaluation left there.
+        fresh: start over; what an earlier evaluation left there moves aside once there is a record to take its place.
         console: where progress and the final table go.
     """
-    console = console or stdout_console()
+    console = console or PlainConsole()
     manifest = workers.manifest(plan)
     output_file = output_file or default_output(manifest["setting"])
-    journal = _open_journal(output_file, manifest, fresh=fresh)
-    todo = _pending(plan, journal)
+    check_outputs(output_file)
+    with locked(output_file):
+        journal = Journal(output_file.with_suffix(".jsonl"), manifest, fresh=fresh, derived=output_file)
+        todo = _pending(plan, journal)
+        if todo:
+            _check_room(workers, plan)
+        failed = _measure(workers, plan, todo, journal, console, output_file)
+    report = per_length(journal)
+    console.print(results_table(report, console.width))
+    if plan.max_new_tokens > OUTPUT_BUCKET:
+        console.print(output_table(report, console.width))
+    return summarize(report, output_file, journal.path) | ({"failed": failed} if failed else {})
+
+
+def check_outputs(output_file: Path) -> None:
+    """ConfigError where the per-length JSON or its journal cannot be written, or another evaluation writes them."""
+    if output_file.suffix != ".json":
+        raise ConfigError(f"output_file is {output_file}; it must end in .json (the records go to .jsonl beside it)")
+    for path in (output_file, output_file.with_suffix(".jsonl")):
+        check_output(path)
+    with locked(output_file):
+        pass
+
+
+def _measure(
+    workers: Workers, plan: Plan, todo: list[Task], journal: Journal, console: Console, output_file: Path
+) -> list[str]:
+    """Have `todo` measured and written down; what was given up, a line each."""
     failed: list[str] = []
     try:
         with Reporter(console, todo, plan) as reporter:
             for task, outcome in _by_length(workers.measure(plan, todo, reporter), todo, output_file, journal):
                 if isinstance(outcome, Failure):
-                    failed.append(f"{label(task)} ({outcome.reason})")
+                    failed.append(f"{label(task.key)} ({outcome.reason})")
                     reporter.note(f"given up: {failed[-1]}")
                 else:
                     journal.append(outcome)
@@ -65,11 +93,16 @@ def evaluate(
     finally:
         if journal.records:
             write_json(output_file, per_length(journal))
-    report = per_length(journal)
-    console.print(results_table(report))
-    if plan.max_new_tokens > OUTPUT_BUCKET:
-        console.print(output_table(report))
-    return summarize(report, output_file, journal.path) | ({"failed": failed} if failed else {})
+    return failed
+
+
+def _check_room(workers: Workers, plan: Plan) -> None:
+    """CapacityError where the answers alone would fill the model."""
+    if plan.max_new_tokens >= workers.limit:
+        raise CapacityError(
+            f"max_gen_len is {plan.max_new_tokens}, but the model holds {workers.limit} positions, the prompt's "
+            f"included; ask for at most {workers.limit - 1}"
+        )
 
 
 def _by_length(
@@ -84,16 +117,6 @@ def _by_length(
             write_json(output_file, per_length(journal))
 
 
-def _open_journal(output_file: Path, manifest: dict[str, Any], *, fresh: bool) -> Journal:
-    if output_file.suffix != ".json":
-        raise ConfigError(f"output_file is {output_file}; it must end in .json (the records go to .jsonl beside it)")
-    path = output_file.with_suffix(".jsonl")
-    if fresh:
-        path.unlink(missing_ok=True)
-        output_file.unlink(missing_ok=True)
-    return Journal(path, manifest)
-
-
 def _pending(plan: Plan, journal: Journal) -> list[Task]:
     """Tasks not in the journal yet; ConfigError where it holds a record of another text under the same index."""
     todo = []
@@ -103,7 +126,7 @@ def _pending(plan: Plan, journal: Journal) -> list[Task]:
             todo.append(task)
         elif record.prompt_sha256 != task.prompt_sha256:
             raise ConfigError(
-                f"{journal.path} holds {task.key[0]} sample {task.key[1]} with another text: the prompts changed. "
+                f"{journal.path} holds {label(task.key)} with another text: the prompts changed. "
                 "Pass --fresh to start over or another --output_file"
             )
     return todo
@@ -125,5 +148,5 @@ def summarize(report: dict[str, Any], output_file: Path, records_file: Path) -> 
         "output": str(output_file),
         "records": str(records_file),
         "method": report["manifest"]["setting"]["method"],
-        "lengths": {length: {name: figures[name] for name in shown} for length, figures in _lengths(report)},
+        "lengths": {length: {name: figures[name] for name in shown} for length, figures in lengths_of(report)},
     }

@@ -2,71 +2,74 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
+
+from specextend.evaluation.terminal import Column, fitted_table
+
+Figures = dict[str, Any]
 
 
-def results_table(report: dict[str, Any]) -> Table:
-    """The per-length figures as a table for the terminal."""
+def results_table(report: Figures, width: int) -> RenderableType:
+    """The per-length figures as a table of at most `width` characters."""
     setting = report["manifest"]["setting"]
     method = setting["method"]
-    table = Table(
-        title=f"{setting['data']}, {setting['model']} ({setting['dtype']}, {setting['device']}), {method}, "
-        f"temperature {setting['sampling']['temperature']:g}",
+    rows = lengths_of(report)
+
+    def column(heading: str, cell: Callable[[Figures], str], rank: int = 0) -> Column:
+        return Column(heading, [cell(figures) for _, figures in rows], rank)
+
+    columns = [
+        Column("length", [length for length, _ in rows]),
+        column("prompt tokens", lambda f: f"{f['prompt_tokens']['mean']:,.0f}", 4),
+        column("accepted", lambda f: format_figure(f["avg_accept_length"])),
+        column("tokens per round", lambda f: format_figure(f["tokens_per_round"]), 5),
+        column("tok/s AR", lambda f: format_figure(f["autoregressive"]["tokens_per_sec"], 1), 2),
+        column("tok/s", lambda f: format_figure(f["avg_tokens_per_sec"], 1), 3),
+        column("speedup", lambda f: format_figure(f["speedup"])),
+        column("speedup decode", lambda f: format_figure(f["speedup_decode"])),
+        column("equal", lambda f: f"{f['equal_to_autoregressive']}/{f['samples']}"),
+    ]
+    return fitted_table(
+        columns,
+        width,
+        title=f"{setting['data']}, {setting['model']} ({setting['dtype']}, {setting['device']}, "
+        f"{setting.get('backend', 'eager')}), {method}, temperature {setting['sampling']['temperature']:g}",
         caption="accepted: drafts per round, bonus excluded; tok/s and speedup end to end; equal: samples",
     )
-    headings = ("accepted", "tokens/round", "tok/s AR", f"tok/s {method}", "speedup", "speedup decode", "equal")
-    for heading in ("length", "prompt tokens", *headings):
-        table.add_column(heading, justify="right")
-    for length, figures in _lengths(report):
-        table.add_row(
-            length,
-            f"{figures['prompt_tokens']['mean']:,.0f}",
-            format_figure(figures["avg_accept_length"]),
-            format_figure(figures["tokens_per_round"]),
-            format_figure(figures["autoregressive"]["tokens_per_sec"], 1),
-            format_figure(figures["avg_tokens_per_sec"], 1),
-            format_figure(figures["speedup"]),
-            format_figure(figures["speedup_decode"]),
-            f"{figures['equal_to_autoregressive']}/{figures['samples']}",
-        )
-    return table
 
 
-def output_table(report: dict[str, Any]) -> Table:
+def output_table(report: Figures, width: int) -> RenderableType:
     """The figures by position in the output, for long answers."""
-    table = Table(title="by position in the output: the context grows while it is written")
-    headings = ("accepted", "tokens/round", "decode tok/s AR", "decode tok/s", "speedup decode", "runs")
-    for heading in ("length", "output tokens", *headings):
-        table.add_column(heading, justify="right")
-    for length, by_length in _lengths(report):
-        for stretch, figures in by_length["by_output_position"].items():
-            table.add_row(
-                length,
-                stretch,
-                format_figure(figures["avg_accept_length"]),
-                format_figure(figures["tokens_per_round"]),
-                format_figure(figures["autoregressive_decode_tokens_per_sec"], 1),
-                format_figure(figures["decode_tokens_per_sec"], 1),
-                format_figure(figures["speedup_decode"]),
-                str(figures["runs"]),
-            )
-    return table
+    rows = [
+        (length, stretch, figures)
+        for length, by_length in lengths_of(report)
+        for stretch, figures in by_length["by_output_position"].items()
+    ]
+
+    def column(heading: str, name: str, digits: int = 2, rank: int = 0) -> Column:
+        return Column(heading, [format_figure(figures[name], digits) for *_, figures in rows], rank)
+
+    columns = [
+        Column("length", [length for length, *_ in rows]),
+        Column("output tokens", [stretch for _, stretch, _ in rows]),
+        column("accepted", "avg_accept_length"),
+        column("tokens per round", "tokens_per_round", rank=3),
+        column("decode tok/s AR", "autoregressive_decode_tokens_per_sec", 1, rank=1),
+        column("decode tok/s", "decode_tokens_per_sec", 1, rank=2),
+        column("speedup decode", "speedup_decode"),
+        Column("runs", [str(figures["runs"]) for *_, figures in rows]),
+    ]
+    return fitted_table(columns, width, title="by position in the output: the context grows while it is written")
 
 
-def _lengths(report: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+def lengths_of(report: Figures) -> list[tuple[str, Figures]]:
+    """The figures by length, without the manifest."""
     return [(name, figures) for name, figures in report.items() if name != "manifest"]
 
 
 def format_figure(value: float | None, digits: int = 2) -> str:
     """A dash where there is no figure."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def stdout_console() -> Console:
-    """Rich output; 120 columns where stdout is no terminal, so that the table does not break."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)

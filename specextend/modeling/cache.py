@@ -83,7 +83,8 @@ class KVCache:
             gigabytes = 2 * layers * heads * capacity * dim * self._options["dtype"].itemsize / 1e9
             raise CapacityError(
                 f"a KV cache of {capacity} tokens needs {gigabytes:.1f} GB, which {self._options['device']} cannot "
-                "give; use a shorter prompt (--input_len) or fewer new tokens (--max_gen_len)"
+                "give; use a shorter prompt or fewer new tokens",
+                setting="prompt_tokens",
             ) from error
 
     def write(self, layer: int, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,16 @@ does not have get a logit far below all others. What it adds to the norms' avera
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from specextend.errors import ModelError
 from specextend.modeling import attention
+from specextend.models.checkpoints import check_memory
+from specextend.models.loading import LoadedModels, choose_dtype
 
 UNUSED = -60_000.0  # lm_head weight of unused rows on the spare dimension; finite in float16
 STD = 0.02  # of the random filler
@@ -41,12 +44,76 @@ class Shape:
     ffn: int
     vocab: int
 
+    @property
+    def parameters(self) -> int:
+        """Weights of such a model, embedding and LM head apart."""
+        attention_weights = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        layer = attention_weights + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * layer + 2 * self.vocab * self.hidden + self.hidden
+
 
 SHAPES = {
     "vicuna_7b": Shape(4096, 32, 32, 32, 128, 11008, 32000),
     "llama31_8b": Shape(4096, 32, 32, 8, 128, 14336, 128256),
     "vicuna_68m": Shape(768, 2, 12, 12, 64, 3072, 32000),
+    "llama32_1b": Shape(2048, 16, 32, 8, 64, 8192, 128256),
 }
+
+
+@dataclass(frozen=True)
+class WidePair:
+    """Published models whose shapes a small pair can take.
+
+    Args:
+        target, draft: names in `SHAPES`.
+        draft_vocab: size of the vocabulary of the EAGLE-3 head published for it.
+        dtype: of the published weights; what "auto" is on a GPU.
+    """
+
+    target: str
+    draft: str
+    draft_vocab: int
+    dtype: torch.dtype
+
+
+PAIRS = {
+    "vicuna_7b": WidePair("vicuna_7b", "vicuna_68m", 32000, torch.float16),
+    "llama31_8b": WidePair("llama31_8b", "llama32_1b", 32000, torch.bfloat16),
+}
+
+
+def widened(models: LoadedModels, shape: str, *, dtype: str = "auto") -> LoadedModels:
+    """Models loaded in float32, target and small draft widened to those of `PAIRS[shape]`, under names that say so.
+
+    The tokens of greedy decoding stay the same, and so does the acceptance; the cost is that of the large models.
+
+    Raises:
+        ModelError: a model does not fit into its shape. CapacityError: memory does not hold the wide ones.
+    """
+    pair = PAIRS[shape]
+    own = pair.dtype if models.device.type != "cpu" else torch.float32
+    chosen = own if dtype == "auto" else choose_dtype(dtype, models.target.config, models.device)
+    needed = SHAPES[pair.target].parameters + (SHAPES[pair.draft].parameters if models.draft is not None else 0)
+    check_memory(f"{models.name} widened to {shape}", needed * chosen.itemsize, chosen, models.device)
+
+    def wide(model: PreTrainedModel, name: str, seed: int) -> PreTrainedModel:
+        try:
+            with torch.inference_mode():
+                return widen(model, SHAPES[name], dtype=chosen, device=models.device, seed=seed)
+        except ValueError as error:
+            raise ModelError(f"{models.name} cannot be widened to {name}: {error}") from error
+
+    small_draft = isinstance(models.draft, PreTrainedModel)
+    return replace(
+        models,
+        name=f"{models.name} widened to {shape}",
+        target=wide(models.target, pair.target, 0),
+        draft=wide(models.draft, pair.draft, 1) if small_draft else models.draft,
+        target_id=f"{models.target_id} widened to {pair.target}",
+        draft_id=f"{models.draft_id} widened to {pair.draft}" if small_draft else models.draft_id,
+        dtype=chosen,
+        vocab_size=SHAPES[pair.target].vocab,
+    )
 
 
 def widen(
@@ -185,6 +252,8 @@ def _check_fits(small: LlamaConfig, shape: Shape) -> None:
         "ffn": (shape.ffn, small.intermediate_size),
         "vocab": (shape.vocab, small.vocab_size),
     }
+    if small.model_type != "llama" or small.attention_bias or small.mlp_bias or small.hidden_act != "silu":
+        raise ValueError(f"only a plain Llama can be widened, not a {small.model_type} with these layers")
     short = [f"{name} {there} of {needed}" for name, (there, needed) in wanted.items() if there < needed]
     if short or shape.head_dim % head_dim:
         short += [f"head dim {shape.head_dim} for {head_dim}"] * bool(shape.head_dim % head_dim)

@@ -32,17 +32,17 @@ LIMIT = 512
 # ---- flags to settings
 
 
-def parse(*flags: str) -> argparse.Namespace:
+def parse(*words: str) -> argparse.Namespace:
     parser = flags.parser("test")
     flags.add_model_flags(parser)
     flags.add_method_flags(parser)
     flags.add_sampling_flags(parser)
-    return parser.parse_args(flags)
+    return parser.parse_args(words)
 
 
-def config_of(*flags: str, cpu_tree: TreeConfig | None = None, device: str = "cpu") -> SpecExtendConfig:
+def config_of(*words: str, cpu_tree: TreeConfig | None = None, device: str = "cpu") -> SpecExtendConfig:
     preset = Preset("tiny", "tiny", None, cpu_tree=cpu_tree)
-    return flags.config_from(parse(*flags), SimpleNamespace(preset=preset, device=torch.device(device)))
+    return flags.config_from(parse(*words), SimpleNamespace(preset=preset, device=torch.device(device)))
 
 
 def test_without_flags_the_setting_is_standard_and_the_papers():
@@ -59,7 +59,7 @@ def test_use_specextend_turns_all_parts_on():
 
 
 @pytest.mark.parametrize(
-    "flags, field, value",
+    "words, field, value",
     [
         ("--flash_prefill", "flash_prefill", True),
         ("--use_specextend --no-flash_prefill", "flash_prefill", False),
@@ -71,10 +71,10 @@ def test_use_specextend_turns_all_parts_on():
         ("--prefill_block 77", "prefill_block", 77),
     ],
 )
-def test_every_switch_changes_its_own_field(flags, field, value):
-    base = "--use_specextend" if "--use_specextend" in flags else ""
+def test_every_switch_changes_its_own_field(words, field, value):
+    base = "--use_specextend" if "--use_specextend" in words else ""
     expected = {**vars(config_of(*base.split())), field: value}
-    assert vars(config_of(*flags.split())) == expected and getattr(config_of(*base.split()), field) != value
+    assert vars(config_of(*words.split())) == expected and getattr(config_of(*base.split()), field) != value
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     (problems / "aime24.jsonl").write_text('{"id": 0, "problem": "What is 1 + 1?", "answer": "2"}\n')
     plans = []
     monkeypatch.setattr(commands, "evaluate", lambda engine, plan, *_, **__: plans.append(plan) or {})
-    monkeypatch.setattr(commands, "SpecExtend", lambda *_, **__: SimpleNamespace(limit=5000))
+    monkeypatch.setattr(commands, "uniform_engine", lambda *_, **__: SimpleNamespace(limit=5000))
     preset = Preset("tiny", "tiny", None)
 
-    def plan_of(*flags: str):
+    def plan_of(*words: str):
         parser = flags.parser("test")
         commands.add_eval_flags(parser)
         flags.add_model_flags(parser)
-        args = parser.parse_args(["--data_dir", str(problems), *flags])
+        args = parser.parse_args(["--data_dir", str(problems), *words])
         commands.measure(args, lambda: SimpleNamespace(preset=preset, device=torch.device("cpu")))
         return plans[-1]
 
@@ -127,8 +127,8 @@ def test_tree_of_the_preset_holds_on_a_cpu_unless_a_flag_says_otherwise():
 
 
 def test_sampling_flags_become_the_sampling_setting():
-    flags = ("--temperature", "0.7", "--top_p", "0.9", "--top_k", "40", "--seed", "12")
-    assert flags.sampling_from(parse(*flags)) == SamplingConfig(0.7, 0.9, 40, 12)
+    words = ("--temperature", "0.7", "--top_p", "0.9", "--top_k", "40", "--seed", "12")
+    assert flags.sampling_from(parse(*words)) == SamplingConfig(0.7, 0.9, 40, 12)
     assert flags.sampling_from(parse()) == SamplingConfig()
 
 
@@ -179,10 +179,10 @@ def run_classic():
 def classic(run_classic, tiny_pair, monkeypatch, capsys):
     """classic(*flags): (status, stdout, stderr) of `run_classic.py` on the tiny pair."""
 
-    def call(*flags: str, pair: bool = True) -> tuple[int, str, str]:
+    def call(*words: str, pair: bool = True) -> tuple[int, str, str]:
         target, draft = tiny_pair
         named = ["--model_name", str(target), "--draft_model", str(draft)] if pair else []
-        monkeypatch.setattr(sys, "argv", ["run_classic.py", *named, *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["run_classic.py", *named, *map(str, words)])
         status = 0
         try:
             flags.run(run_classic.main)
@@ -252,9 +252,9 @@ def test_verbose_streams_the_text_that_the_result_line_reports(classic, tmp_path
     _, out, _ = classic("-i", prompt, "-max", "20", "--verbose", "--output_result_line")
     (result,) = results(out)
     visible = "".join(character for character in result["text"] if character.isprintable())
-    shown = "".join(character for character in out.split("accepted draft tokens")[0] if character.isprintable())
+    shown = "".join(character for character in out.split("\n\nstandard: ")[0] if character.isprintable())
     assert visible and shown.endswith(visible)
-    assert "the target's own" in out
+    assert "the target's own" not in out  # no colours, no legend of them
 
 
 def test_prompts_come_from_a_jsonl_file_up_to_max_samples(classic, tmp_path):
@@ -418,7 +418,110 @@ def test_text_is_printed_as_it_is(verbose, capsys):
     assert text in out and "[file]:1" in out
 
 
+def test_compare_warms_up_and_times_every_method_there_and_back(capsys):
+    calls = []
+
+    def method(name: str, tokens_per_s: float):
+        def generate(prompt, *, max_new_tokens, on_round=None):
+            calls.append((name, max_new_tokens))
+            seconds = (max_new_tokens - 1) / tokens_per_s
+            return Generation(3, [1] * max_new_tokens, "x", "length", [Round([1], 1, 0, {"verify": seconds})], {})
+
+        return generate
+
+    prompt = EncodedPrompt(torch.tensor([1, 2, 3]), "a:1", 3)
+    reporter = ConsoleReporter(verbose=False, result_line=False)
+    reporter.answer(prompt, {"one": method("one", 10), "two": method("two", 20)}, max_new_tokens=21)
+    assert calls == [("one", 8), ("one", 21), ("two", 8), ("two", 21), ("two", 21), ("one", 21)]
+    assert "2.00x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_figures_side_by_side_are_whole_at_any_width(width, classic, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    _, out, _ = classic(*SHORT, "--compare", "--method", "fa_hta_streaming")
+    table = out[out.index("accepted") :].splitlines()
+    assert "…" not in out and max(map(len, table)) <= width
+    (row,) = (line.split() for line in table if line.startswith("fa_hta_streaming"))
+    assert row[-1] == "yes" and len([cell for cell in row if cell.endswith("x")]) == 2
+
+
+@pytest.mark.parametrize("method", ["prompt_lookup", "autoregressive", "magicdec"])
+def test_compare_does_without_standard_where_no_draft_is_known(method, classic, tiny_pair):
+    status, out, err = classic(
+        "-m", tiny_pair[0], "--method", method, *SHORT, "--compare", "--output_result_line", pair=False
+    )
+    assert (status, err) == (0, "")
+    assert [line["method"] for line in results(out)] == list(dict.fromkeys(["autoregressive", method]))
+
+
+@pytest.mark.parametrize("words, message", [("-i missing.jsonl", "missing.jsonl"), ("-n 0", "max_samples is 0")])
+def test_mistakes_are_found_before_the_models_are_loaded(words, message, run_classic, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "load_models", lambda *_, **__: pytest.fail("loaded"))
+    for more in ([], ["--nodes", "0"], ["--temperature", "-1"], ["--draft_model", ""]):
+        monkeypatch.setattr(sys, "argv", ["run_classic.py", *words.split(), *more])
+        with pytest.raises(SystemExit) as exit_:
+            flags.run(run_classic.main)
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2 and err.count("\n") == 1 and (message in err or more)
+
+
+def test_a_text_larger_than_any_prompt_is_refused_untokenized(classic, tmp_path, monkeypatch):
+    file = tmp_path / "huge.jsonl"
+    file.write_text(json.dumps({"text": "word " * 10_000}) + "\n")
+    monkeypatch.setattr(commands.SpecExtend, "encode", lambda *_: pytest.fail("tokenized"))
+    status, _, err = classic("-i", file, "--input_len", "100")
+    assert status == 2 and err.count("\n") == 1 and "huge.jsonl:1 has 50,000 characters" in err and "16,384" in err
+
+
+def test_long_work_says_what_goes_on_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("specextend.cli.reporter.QUIET_S", 0.01)
+    reporter = ConsoleReporter(verbose=False, result_line=False)
+    with reporter.busy("standard: reading 4096 tokens") as busy:
+        while "0 s so far" not in (err := capsys.readouterr().err):
+            pass
+        assert err.startswith("standard: reading 4096 tokens, 0 s so far\n")
+        busy.stop()
+
+
 # ---- as a process of its own
+
+
+@pytest.mark.parametrize("script", ["run_classic.py", "run_eagle.py", "eval_classic.py", "eval_eagle.py"])
+def test_ctrl_c_while_python_imports_is_one_line_and_130(script):
+    program = (
+        "import sys, runpy, importlib.abc\n"
+        "class Interrupt(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = ['{script}']\n"
+        f"runpy.run_path('{ROOT / script}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("end", ["full", "closed"])
+def test_output_that_cannot_be_written_is_one_line_and_a_status(end, tmp_path):
+    program = (
+        "import sys; from specextend.cli.entry import run\n"
+        "def main():\n"
+        "    for _ in range(100_000): print('x' * 100)\n"
+        "run(main)"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            stdout=full if end == "full" else subprocess.PIPE,
+        )  # fmt: skip
+        if done.stdout:
+            done.stdout.readline()
+            done.stdout.close()
+        err = done.stderr.read()
+        done.stderr.close()
+    assert err.count("\n") == 1 and "Traceback" not in err and "output" in err
+    assert done.wait() == (2 if end == "full" else 141)
 
 
 def run_process(*flags: str) -> subprocess.CompletedProcess:

@@ -19,13 +19,14 @@ import eval_classic
 from specextend.cli import commands
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.decoding.output import Generation, Round
-from specextend.errors import ConfigError, InputError, WorkerError
+from specextend.errors import CapacityError, ConfigError, InputError, WorkerError
 from specextend.evaluation.environment import ROOT
 from specextend.evaluation.plan import WARM_UP_NEW_TOKENS, Plan, default_output, read_buckets, setting_of
 from specextend.evaluation.records import SampleRecord
 from specextend.evaluation.run import evaluate
-from specextend.evaluation.workers import Failure, LocalWorker
+from specextend.evaluation.workers import TRIES, Failure, LocalWorker, warm
 
+WEIGHTS = torch.nn.Linear(2, 2)
 SCHEMA = json.loads((ROOT / "results" / "schema.json").read_text())
 
 
@@ -59,6 +60,8 @@ class ScriptedEngine:
             dtype=torch.float32,
             device=torch.device("cpu"),
             ranks=1,
+            target=WEIGHTS,
+            draft=None,
         )
     )
 
@@ -157,7 +160,7 @@ def test_one_run_costs_one_generation_of_each_kind_and_a_short_warm_up_per_lengt
     evaluate(by(engine), plan_of(data_dir), tmp_path / "toy.json", console=quiet())
     assert sorted(call.kind for call in engine.measured()) == ["autoregressive"] * 6 + ["method"] * 6
     warm_ups = [(call.kind, call.prompt_tokens) for call in engine.calls if call not in engine.measured()]
-    assert warm_ups == [(kind, prompt_tokens) for prompt_tokens in (100, 1024) for kind in ("autoregressive", "method")]
+    assert warm_ups == [(kind, prompt_tokens) for prompt_tokens in (100, 1500) for kind in ("autoregressive", "method")]
     kinds = [call.kind for call in engine.measured()][:4]
     assert kinds == ["autoregressive", "method", "method", "autoregressive"]  # they take turns
 
@@ -243,12 +246,84 @@ def test_another_setting_is_refused_until_fresh(data_dir, tmp_path):
     assert report["manifest"]["setting"]["config"]["tree"]["nodes"] == 8 and report["1K"]["runs"] == 1
 
 
+def test_fresh_keeps_the_old_results_until_the_first_new_record_and_then_moves_them_aside(data_dir, tmp_path):
+    output = tmp_path / "toy.json"
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 1), output, console=quiet())
+    old = {path.name: path.read_bytes() for path in tmp_path.glob("toy.*")}
+    assert set(old) == {"toy.json", "toy.jsonl"}
+
+    with pytest.raises(CapacityError):  # a request that cannot be met
+        evaluate(by(ScriptedEngine(limit=20)), plan_of(data_dir, 1), output, fresh=True, console=quiet())
+    with pytest.raises(SystemExit):  # ended before anything was measured
+        stopped = ScriptedEngine(before_call=stop_before(1, KeyboardInterrupt))
+        evaluate(by(stopped), plan_of(data_dir, 1), output, fresh=True, console=quiet())
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("toy.*")} == old
+
+    for suffix in (".bak", ".bak2"):
+        evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), output, fresh=True, console=quiet())
+        assert (tmp_path / f"toy.json{suffix}").is_file() and (tmp_path / f"toy.jsonl{suffix}").is_file()
+    assert {name: (tmp_path / f"{name}.bak").read_bytes() for name in old} == old
+    assert len(records_of(output)) == 4
+
+
+def test_a_second_evaluation_of_one_output_ends_at_once_and_the_first_stays_whole(data_dir, tmp_path):
+    output = tmp_path / "toy.json"
+    refused = []
+
+    def second(call: Call) -> None:
+        if call.kind == "method" and not refused:
+            refused.append(None)
+            with pytest.raises(ConfigError, match="is being written by another evaluation"):
+                evaluate(by(ScriptedEngine()), plan_of(data_dir), output, console=quiet())
+
+    evaluate(by(ScriptedEngine(before_call=second)), plan_of(data_dir), output, console=quiet())
+    assert refused and len(records_of(output)) == 6
+    assert sorted(path.name for path in tmp_path.glob("toy.*")) == ["toy.json", "toy.jsonl"]
+
+
+def test_an_answer_longer_than_the_model_is_refused_before_anything_runs(data_dir, tmp_path):
+    engine = ScriptedEngine(limit=25)
+    with pytest.raises(CapacityError, match="max_gen_len is 25, but the model holds 25 positions"):
+        evaluate(by(engine), plan_of(data_dir), tmp_path / "toy.json", console=quiet())
+    assert not engine.calls
+
+
+def test_seeds_stay_in_their_range_whatever_seed_is_asked_for(data_dir):
+    plan = plan_of(data_dir, 2, 2, ["128"], sampling=SamplingConfig(seed=2**63 - 1))
+    assert [task.seed for task in plan.tasks()] == [2**63 - 1, 0, 999, 1000]
+
+
+def test_what_was_captured_meanwhile_is_measured_again_on_a_gpu(monkeypatch):
+    def generate() -> SimpleNamespace:
+        seconds.append(seconds[-1] - 1)
+        return SimpleNamespace(capture_s=float(max(0, seconds[-1])))
+
+    for gpu, first, calls in ((True, 2, 2), (True, 1, 1), (True, 9, TRIES), (False, 2, 1)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        seconds = [first]
+        warm(generate)
+        assert len(seconds) - 1 == calls
+
+
+def test_a_journal_tells_apart_weights_and_backends(data_dir, tmp_path):
+    output = tmp_path / "toy.json"
+    evaluate(by(ScriptedEngine()), plan_of(data_dir, 1), output, console=quiet())
+    other = ScriptedEngine()
+    other.models.target = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"setting\.weights\.target was"):
+        evaluate(by(other), plan_of(data_dir, 1), output, console=quiet())
+    captured = ScriptedEngine()
+    captured.backend = "graphs"
+    with pytest.raises(ConfigError, match=r"setting\.backend was 'eager', now 'graphs'"):
+        evaluate(by(captured), plan_of(data_dir, 1), output, console=quiet())
+
+
 def test_changed_prompts_are_refused(data_dir, tmp_path):
     output = tmp_path / "toy.json"
     evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), output, console=quiet())
     path = data_dir / "toy_128.jsonl"
     path.write_text(path.read_text().replace("word1", "other"))
-    with pytest.raises(ConfigError, match="128 sample 1 with another text"):
+    with pytest.raises(ConfigError, match="128 sample 2 run 1 with another text"):
         evaluate(by(ScriptedEngine()), plan_of(data_dir, 2), output, console=quiet())
 
 
@@ -275,11 +350,11 @@ def test_bad_requests_are_named_errors(data_dir, tmp_path):
 def test_setting_names_no_local_path_and_the_default_output_names_the_setting(data_dir):
     setting = setting_of(ScriptedEngine(), plan_of(data_dir))
     assert (setting["target"], setting["draft"]) == ("bundled/target", "tiny")
-    assert default_output(setting) == Path("results/toy_bundled_specextend.json")
+    assert default_output(setting) == Path("results/toy_bundled_tiny_specextend.json")
     sampled = setting_of(
         ScriptedEngine(SpecExtendConfig.standard()), plan_of(data_dir, sampling=SamplingConfig(temperature=0.8))
     )
-    assert default_output(sampled) == Path("results/toy_bundled_standard_t0.8.json")
+    assert default_output(sampled) == Path("results/toy_bundled_tiny_standard_t0.8.json")
 
 
 def test_output_without_a_terminal_is_plain_lines_and_a_table(data_dir, tmp_path):
@@ -302,7 +377,7 @@ def test_progress_on_a_terminal_ends_in_the_table(data_dir, tmp_path):
 def test_eval_classic_prints_the_summary_as_json_on_its_last_line(data_dir, tmp_path, monkeypatch, capsys):
     engine = ScriptedEngine()
     monkeypatch.setattr(commands, "load_models", lambda *_, **__: engine.models)
-    monkeypatch.setattr(commands, "SpecExtend", lambda *_, **__: engine)
+    monkeypatch.setattr(commands, "uniform_engine", lambda *_, **__: engine)
     monkeypatch.setattr(commands.flags, "config_from", lambda args, models, *_: engine.config)
     output = tmp_path / "toy.json"
     flags = ["--data_dir", data_dir, "-n", 2, "-r", 1, "--max_gen_len", 25, "--output_file", output, "--lengths", "1K"]
