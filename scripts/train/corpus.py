@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.settings import Settings, TrainingError
+from scripts.train.settings import Settings, TrainingError
 
 SEPARATOR = "<|endoftext|>"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from training.models import last_hidden, token_losses
-from training.rows import LOOPED, PLAIN
+from scripts.train.models import last_hidden, token_losses
+from scripts.train.rows import LOOPED, PLAIN
 
 
 def loop_avoiding_loss(losses: Tensor, kinds: Tensor, weight: float) -> Tensor:

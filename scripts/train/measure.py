@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from training.facts import Fact
-from training.generation import TEMPERATURE, continue_prompts, ends_in_loop, repeated_share
-from training.models import last_hidden
-from training.trainer import autocast
+from scripts.train.facts import Fact
+from scripts.train.generation import TEMPERATURE, continue_prompts, ends_in_loop, repeated_share
+from scripts.train.models import last_hidden
+from scripts.train.trainer import autocast
 
 SLICE = 2048  # positions whose logits exist at once
 TAIL = 256  # positions scored before a length

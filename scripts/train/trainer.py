@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.muon import Muon
-from training.settings import Settings
+from scripts.train.settings import Settings
 
 START = time.monotonic()
 
@@ -215,7 +214,7 @@ class Trainer:
         log(f"{self.name} resumed at {self.clock.elapsed:.0f}s of {self.seconds:.0f}s, step {self.steps}")
 
 
-def make_optimizers(model: nn.Module, settings: Settings) -> tuple[Muon, torch.optim.AdamW]:
+def make_optimizers(model: nn.Module, settings: Settings) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
     """Muon for the matrices of the layers, AdamW for embedding, LM head and norms."""
     matrices, others = [], []
     for name, weight in model.named_parameters():
@@ -223,6 +222,6 @@ def make_optimizers(model: nn.Module, settings: Settings) -> tuple[Muon, torch.o
             in_layer = weight.ndim == 2 and not name.startswith(("model.embed_tokens", "lm_head"))
             (matrices if in_layer else others).append(weight)
     return (
-        Muon(matrices, settings.matrix_lr, weight_decay=settings.weight_decay),
+        torch.optim.Muon(matrices, settings.matrix_lr, weight_decay=settings.weight_decay),
         torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     )

@@ -11,7 +11,7 @@ pipeline_tag: text-generation
 
 Two small Llama models for trying out long-input speculative decoding where nothing can be downloaded: a target that
 reads up to {long_context:,} tokens, and a draft distilled from it that has only ever seen {draft_context:,}. Both load
-with `AutoModelForCausalLM.from_pretrained`. Written by `scripts/train_bundled.py`; every number below comes from
+with `AutoModelForCausalLM.from_pretrained`. Written by `scripts.train`; every number below comes from
 `training_record.json`.
 
 {sizes}

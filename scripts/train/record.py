@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from training.settings import IDENTITY, Settings, TrainingError
+from scripts.train.settings import IDENTITY, Settings, TrainingError
 
 
 class Record:

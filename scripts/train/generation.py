@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from training.trainer import log
+from scripts.train.trainer import log
 
 TEMPERATURE = 0.8
 

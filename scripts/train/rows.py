@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from training.facts import Fact
+from scripts.train.facts import Fact
 
 PLAIN, SILENT, LOOPED = 0, 1, 2  # what a token's loss is: cross-entropy, none, unlikelihood
 UNIT = 2048  # tokens; longer rows get proportionally more plants

@@ -1,7 +1,7 @@
 """Train what is bundled: tokenizer, long-context target, short-context draft, EAGLE heads; measure; write a model card.
 
-    python scripts/train_bundled.py --corpus DIR_OR_FILES --out DIR      # or --hub: PG-19 and GovReport train splits
-    python scripts/train_bundled.py --what eagle1 eagle3 --corpus DIR_OR_FILES --out DIR    # heads of the target in DIR
+    python -m scripts.train --corpus DIR_OR_FILES --out DIR      # or --hub: PG-19 and GovReport train splits
+    python -m scripts.train --what eagle1 eagle3 --corpus DIR_OR_FILES --out DIR    # heads of the target in DIR
 
 Stages whose output exists are skipped, and an interrupted training goes on from its last checkpoint (DIR/work).
 `--smoke` runs every stage with real shapes for a few seconds. The last line printed is a JSON summary.
@@ -21,25 +21,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `eagle` and `specextend`, also where they are not installed
-
-from training import measure
-from training.card import write_card
-from training.corpus import Encoded, encode, hold_out, read_documents, read_hub, source_table, train_tokenizer
-from training.facts import make_facts
-from training.generation import write_rows
-from training.heads import frequent_tokens, head_agreement, head_objective, new_head
-from training.models import CACHED, draft_config, load_model, new_model, save_model, target_config
-from training.objectives import draft_objective, target_objective, validation_agreement, validation_loss
-from training.record import Record, environment
-from training.rows import REPETITIVE, Mix, RowSource
-from training.settings import STAGES, Layout, Settings, TrainingError
-from training.trainer import Phase, Task, Trainer, log, multiplies_bfloat16
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from eagle.weights import save_head
+from scripts.train import measure
+from scripts.train.card import write_card
+from scripts.train.corpus import Encoded, encode, hold_out, read_documents, read_hub, source_table, train_tokenizer
+from scripts.train.facts import make_facts
+from scripts.train.generation import write_rows
+from scripts.train.heads import frequent_tokens, head_agreement, head_objective, new_head
+from scripts.train.models import CACHED, draft_config, load_model, new_model, save_model, target_config
+from scripts.train.objectives import draft_objective, target_objective, validation_agreement, validation_loss
+from scripts.train.record import Record, environment
+from scripts.train.rows import REPETITIVE, Mix, RowSource
+from scripts.train.settings import STAGES, Layout, Settings, TrainingError
+from scripts.train.trainer import Phase, Task, Trainer, log, multiplies_bfloat16
 
 VALIDATION_TOKENS_PER_CHECK = 131_072
 PROMPT_TOKENS, LOOP_TOKENS = 1024, 256  # of the test for loops
@@ -108,7 +105,7 @@ def main() -> None:
             if run.record.is_finished("measure"):
                 (run.layout.out / "README.md").write_text(write_card(run.record.sections), encoding="utf-8")
     except TrainingError as error:
-        print(f"train_bundled: {error}", file=sys.stderr)
+        print(f"scripts.train: {error}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(summary(run)), flush=True)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from training.corpus import BOS_ID, EOS_ID
-from training.settings import Settings
+from scripts.train.corpus import BOS_ID, EOS_ID
+from scripts.train.settings import Settings
 
 # Not known to transformers' mask interface, so the model builds no mask; right only for whole rows without a cache.
 CAUSAL = "bundled_causal"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from eagle.heads import Eagle1Head, Eagle3Head, Head
-from training.settings import Settings
+from scripts.train.settings import Settings
 
 UNROLLED = "bundled_unrolled"
 STEP_WEIGHT = 0.8  # of a step's loss against the step before it
