@@ -1,24 +1,35 @@
-"""The figures this project set itself, against what the records say: results/GOALS.md.
+"""What the project set out to reach, met or not, from the records under results/: writes results/GOALS.md.
 
-    python scripts/check_goals.py
-
-A goal is a figure of one data set and temperature that must reach a bound; every one is listed, met or not.
+python -m scripts.report.goals
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from beside_paper import markdown
-from make_tables import SPECEXTEND, STANDARD, pivot, read_results, runs_of
-from readings import needle_shares, read_records
-from shared import lead, on_shared
+
+from scripts.report.analyses import needle_shares
+from scripts.report.markdown import markdown
+from scripts.report.records import (
+    PAIR,
+    RUN,
+    SPECEXTEND,
+    STANDARD,
+    attempt,
+    by,
+    figures_of,
+    leads,
+    pivot,
+    read_documents,
+    read_records,
+    shared,
+)
 
 WINDOW = "fa_hta_streaming"
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
@@ -26,9 +37,10 @@ HEADS = ("eagle1", "eagle3")
 REFERENCE_RATES = {"1k": 95, "2k": 77, "4k": 72, "8k": 83, "16k": 73}  # tokens/s of the authors' code on one H200
 INTRODUCTION = """# Goals
 
-Written by `scripts/check_goals.py` from the records under `results/`; do not edit. Accepted: draft tokens per round,
+Written by `scripts.report.goals` from the records under `results/`; do not edit. Accepted: draft tokens per round,
 the bonus token excluded. Decode: after the first token, against our own autoregressive loop in the same process. Two
 methods are compared on the prompts that both have answered."""
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -50,108 +62,139 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     results = parser.parse_args().results
-    figures = read_results(results)
-    if figures.empty:
-        sys.exit(f"no per-length files under {results}")
-    goals = [*pair_goals(figures), *head_goals(figures), *rival_goals(figures), *needle_goals(results)]
-    goals += [*memory_goals(results), *gpu_goals(results), *scale_goals(results)]
-    goals = [goal for goal in goals if not pd.isna(goal.found)]
+    records = read_records(results)
+    goals = [*pair_goals(records), *head_goals(records), *rival_goals(records)]
+    for name, find in DOCUMENTS.items():
+        for path, content in read_documents(results, name):
+            goals += attempt(path, lambda c=content, p=path, f=find: list(f(p.parent.name, c))) or []
+    goals = [goal for goal in goals if not math.isnan(goal.found)]
     (results / "GOALS.md").write_text(report(goals), encoding="utf-8")
     print(json.dumps({"goals": len(goals), "met": sum(goal.is_met for goal in goals)}))
 
 
 def report(goals: list[Goal]) -> str:
-    rows = {
-        "where": [goal.where for goal in goals],
-        "wanted": [f"{'at most' if goal.at_most else 'at least'} {goal.wanted:.2f}" for goal in goals],
-        "found": [f"{goal.found:.2f}" for goal in goals],
-        "met": ["yes" if goal.is_met else "**no**" for goal in goals],
-    }
-    table = markdown(pd.DataFrame(rows, index=pd.Index([goal.name for goal in goals], name="goal")))
+    rows = [
+        {
+            "goal": goal.name,
+            "where": goal.where,
+            "wanted": f"{'at most' if goal.at_most else 'at least'} {goal.wanted:.2f}",
+            "found": f"{goal.found:.2f}",
+            "met": "yes" if goal.is_met else "**no**",
+        }
+        for goal in goals
+    ]
+    table = markdown(pd.DataFrame(rows, columns=list(rows[0]) if rows else ["goal"]).set_index("goal"))
     met = sum(goal.is_met for goal in goals)
     return f"{INTRODUCTION}\n\n{met} of {len(goals)} are met.\n\n{table}\n"
 
 
-def pair_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+# --- the evaluations ------------------------------------------------------------------------------------------------
+
+
+def pair_goals(records: pd.DataFrame) -> Iterator[Goal]:
     """The bundled pair: acceptance with the paper's tree, speed with that and with the tree for a CPU."""
     for folder in ("cpu/paper_tree_greedy", "cpu/paper_tree_t0.8", "cpu/cpu_tree"):
-        for where, rows in measured(figures, folder):
-            accepted, decode = pivot(rows, "avg_accept_length"), pivot(rows, "speedup_decode")
+        for where, figures in measured(records, folder):
+            accepted, decode = pivot(figures, "avg_accept_length"), pivot(figures, "speedup_decode")
             if folder != "cpu/cpu_tree":
-                ratio = accepted[SPECEXTEND] / accepted[STANDARD]
-                for length in ratio.index:
+                for length, ratio in (accepted[SPECEXTEND] / accepted[STANDARD]).items():
                     bound = 1.0 if length in SHORT else 1.9
-                    yield Goal("accepted, SpecExtend over standard", f"{where}, {length}", bound, ratio[length])
-                yield Goal("accepted, SpecExtend at 16K over 1K", where, 0.8, at(accepted, "16K") / at(accepted, "1K"))
-            for length in decode.index.intersection(FAR):
-                faster = decode[SPECEXTEND][length] / decode[STANDARD][length]
-                yield Goal("decode speed, SpecExtend over standard", f"{where}, {length}", 1.0, faster)
-            if folder == "cpu/cpu_tree":
-                for length, bound in (("4K", 1.5), ("16K", 2.0)):
-                    yield Goal("decode speed, SpecExtend over AR", f"{where}, {length}", bound, at(decode, length))
+                    yield Goal("accepted, SpecExtend over standard", f"{where}, {length}", bound, ratio)
+                kept = at(accepted, "16K") / at(accepted, "1K")
+                yield Goal("accepted, SpecExtend at 16K over 1K", where, 0.8, kept)
+            for length, ratio in (decode[SPECEXTEND] / decode[STANDARD]).items():
+                if length in FAR:
+                    yield Goal("decode speed, SpecExtend over standard", f"{where}, {length}", 1.0, ratio)
+            for length, bound in (("4K", 1.5), ("16K", 2.0)) if folder == "cpu/cpu_tree" else ():
+                yield Goal("decode speed, SpecExtend over AR", f"{where}, {length}", bound, at(decode, length))
 
 
-def head_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+def head_goals(records: pd.DataFrame) -> Iterator[Goal]:
     """The EAGLE heads with the paper's tree, greedy."""
-    ours = {("classic", where): rows for where, rows in measured(figures, "cpu/paper_tree_greedy")}
+    of: dict[str, dict[str, pd.DataFrame]] = {
+        draft: dict(measured(records, f"cpu/{folder}"))
+        for draft, folder in (("classic", "paper_tree_greedy"), *((head, head) for head in HEADS))
+    }
     for head in HEADS:
-        for where, rows in measured(figures, f"cpu/{head}"):
-            accepted = pivot(rows, "avg_accept_length")
-            ratio = accepted[SPECEXTEND] / accepted[STANDARD]
-            ours[head, where] = rows
+        for where, figures in of[head].items():
+            accepted = pivot(figures, "avg_accept_length")
             for length in accepted.index.intersection(("4K", "8K", "16K")):
                 kept = accepted[SPECEXTEND][length] / at(accepted, "1K")
                 yield Goal(f"{head}: accepted, SpecExtend over its own at 1K", f"{where}, {length}", 0.8, kept)
+            ratio = accepted[SPECEXTEND] / accepted[STANDARD]
             for length, bound in (("4K", 1.2), ("16K", 1.7)):
-                found = ratio.get(length, float("nan"))
-                yield Goal(f"{head}: accepted, SpecExtend over standard", f"{where}, {length}", bound, found)
-            if ("classic", where) in ours:
-                found = lead_at_1k(rows, ours["classic", where])
-                yield Goal(f"{head}: accepted at 1K over the small LM's", where, 1.0, found)
-    for where in dict.fromkeys(where for draft, where in ours if draft in HEADS):
-        if {("eagle1", where), ("eagle3", where)} <= set(ours):
-            found = lead_at_1k(ours["eagle3", where], ours["eagle1", where])
-            yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
+                name = f"{head}: accepted, SpecExtend over standard"
+                yield Goal(name, f"{where}, {length}", bound, ratio.get(length, NAN))
+            found = lead_at_1k(records, where, head, "paper_tree_greedy")
+            yield Goal(f"{head}: accepted at 1K over the small LM's", where, 1.0, found)
+    for where in dict.fromkeys(where for head in HEADS for where in of[head]):
+        found = lead_at_1k(records, where, "eagle3", "eagle1")
+        yield Goal("accepted at 1K, eagle3 over eagle1", where, 1.0, found)
 
 
-def lead_at_1k(rows: pd.DataFrame, others: pd.DataFrame) -> float:
-    """SpecExtend's acceptance at 1K with one draft over that with another."""
-    named = [part[part["method"] == SPECEXTEND].assign(method=name) for name, part in (("a", rows), ("b", others))]
-    return lead(pd.concat(named, ignore_index=True), "a", "b", "avg_accept_length").get("1K", float("nan"))
+def lead_at_1k(records: pd.DataFrame, where: str, folder: str, other: str) -> float:
+    """SpecExtend's acceptance at 1K in one folder over that in another, on the prompts both have answered."""
+    rows = records[(records["method"] == SPECEXTEND) & (records["length"] == "1K")]
+    rows = rows[rows["folder"].isin([f"cpu/{folder}", f"cpu/{other}"])]
+    rows = rows[[place_of(row) == where for _, row in rows.iterrows()]]
+    found = leads(rows.assign(method=rows["folder"]))
+    return found["avg_accept_length"].get((f"cpu/{folder}", f"cpu/{other}", "1K"), NAN)
 
 
-def rival_goals(figures: pd.DataFrame) -> Iterator[Goal]:
+def rival_goals(records: pd.DataFrame) -> Iterator[Goal]:
     """From 4K up: SpecExtend against the same with a StreamingLLM cache, and against the fastest of all others.
 
     Speeds are each against its own baseline.
     """
-    for run, measured_ in runs_of(figures):
-        for (data, temperature), rows in measured_.groupby(["data", "temperature"], sort=False):
-            others = [name for name in rows["method"].unique() if name != SPECEXTEND]
-            if not set(others) - {STANDARD}:
+    for run, of_run in by(records, RUN):
+        for first, rows in by(of_run, ["data", "temperature"]):
+            if not set(rows["method"]) - set(PAIR) or SPECEXTEND not in set(rows["method"]):
                 continue
-            kept = lead(rows, SPECEXTEND, WINDOW, "avg_accept_length")
-            leads = pd.DataFrame({name: lead(rows, SPECEXTEND, name, "speedup_decode") for name in others})
+            found = leads(rows)
+            found = found[[one == SPECEXTEND for one in found.index.get_level_values("one")]].droplevel("one")
             for length in FAR[1:]:
-                where = f"{run['folder']}, {data}, temperature {temperature:g}, {length}"
-                if length in kept:
-                    yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, kept[length])
-                if length in leads.index:
-                    best = leads.loc[length].idxmin()
-                    name = "decode speed, SpecExtend over the best other"
-                    yield Goal(name, f"{where} ({best})", 1.0, leads.loc[length, best])
+                where = f"{run['folder']}, {first['data']}, temperature {first['temperature']:g}, {length}"
+                accepted = found["avg_accept_length"].get((WINDOW, length), NAN)
+                yield Goal("accepted, SpecExtend over a StreamingLLM cache", where, 1.0, accepted)
+                speeds = found.loc[found.index.get_level_values("length") == length, "speedup_decode"].dropna()
+                if len(speeds):
+                    name, (best, _) = "decode speed, SpecExtend over the best other", speeds.idxmin()
+                    yield Goal(name, f"{where} ({best})", 1.0, speeds.min())
 
 
-def needle_goals(results: Path) -> Iterator[Goal]:
+def measured(records: pd.DataFrame, folder: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Data sets and temperatures measured by both methods in a folder, with the figures over what both hold."""
+    rows = records[(records["folder"] == folder) & records["method"].isin(PAIR)]
+    for first, group in by(rows, ["data", "temperature"]):
+        if group["method"].nunique() == 2:
+            yield place_of(first), figures_of(shared(group))
+
+
+def place_of(row: pd.Series) -> str:
+    tree = "CPU tree" if row["folder"].endswith("cpu_tree") else "paper's tree"
+    return f"{row['data']}, temperature {row['temperature']:g}, {tree}"
+
+
+def at(table: pd.DataFrame, length: str) -> float:
+    """SpecExtend's figure at a length, NaN where there is none."""
+    return float(table[SPECEXTEND].get(length, NAN))
+
+
+# --- the other measurements, each from the folder and the content of a file -----------------------------------------
+
+
+def needle_goals(where: str, content: dict) -> Iterable[Goal]:
     """What the draft knows of a planted fact, by cache."""
-    for path, content in read_records(results, "needle.json"):
-        shares = needle_shares(content["records"], ["length"])
-        accuracy = shares.pivot(index="length", columns="cache", values="accuracy")
-        for length in [length for length in FAR[1:] if length in accuracy.index]:
-            where = f"{path.parent.name}, {length}"
-            for other, bound in (("streaming", 2.5), ("full", 4.0)):
-                lead = (accuracy["cmr"] / accuracy[other])[length]
-                yield Goal(f"needle accuracy, CMR over the {other} cache", where, bound, lead)
+    accuracy = needle_shares(content["records"], ["length"]).pivot(index="length", columns="cache", values="accuracy")
+    for length in [length for length in FAR[1:] if length in accuracy.index]:
+        for other, bound in (("streaming", 2.5), ("full", 4.0)):
+            found = (accuracy["cmr"] / accuracy[other])[length]
+            yield Goal(f"needle accuracy, CMR over the {other} cache", f"{where}, {length}", bound, found)
+
+
+def memory_goals(where: str, content: dict) -> Iterable[Goal]:
+    where, found = f"{content['prompt_tokens']:,} tokens, {where}", content["peak_over_count"]
+    yield Goal("prefill's peak memory over the bytes counted", where, 1.2, found, at_most=True)
 
 
 # The widened pair in Vicuna-7B's shape on an H200: summary.json's figure, its bound, and whether that is the most
@@ -176,50 +219,34 @@ GPU_BOUNDS = (
 )
 
 
-def gpu_goals(results: Path) -> Iterator[Goal]:
-    """What `bench_gpu.py` measured."""
-    for path in sorted(results.glob("*/summary.json")):
-        found, where = json.loads(path.read_text(encoding="utf-8")), path.parent.name
-        for name, bound, at_most in GPU_BOUNDS:
-            yield Goal(name, where, bound, found.get(name, float("nan")), at_most)
-        prefill = found.get("prefill_s_16k", float("nan")) / found.get("prefill_hf_s_16k", float("nan"))
-        yield Goal("prefill_s_16k over Hugging Face's with sdpa", where, 1.0, prefill, at_most=True)
+def gpu_goals(where: str, content: dict) -> Iterable[Goal]:
+    for name, bound, at_most in GPU_BOUNDS:
+        yield Goal(name, where, bound, content.get(name, NAN), at_most)
+    prefill = content.get("prefill_s_16k", NAN) / content.get("prefill_hf_s_16k", NAN)
+    yield Goal("prefill_s_16k over Hugging Face's with sdpa", where, 1.0, prefill, at_most=True)
 
 
-def scale_goals(results: Path) -> Iterator[Goal]:
-    """What `bench_parallel.py` and `bench_ray.py` measured on two GPUs."""
-    for path, content in read_records(results, "parallel.json"):
-        for shape, kinds in content["shapes"].items():
-            shares = [kind["of_one"]["verify_ms"] for kind in kinds.values() if "of_one" in kind]
-            where = f"{path.parent.name}, {shape}, {content['effort']['tokens']} tokens"
-            best = min(shares, default=float("nan"))
-            yield Goal(f"verification by {content['ranks']} GPUs over one", where, 0.65, best, at_most=True)
-    for path, content in read_records(results, "ray.json"):
-        rates = {int(count): figures["samples_per_hour"] for count, figures in content["workers"].items()}
-        if content["setting"]["device"] == "cuda" and {1, 2} <= set(rates):
-            yield Goal("samples per hour of 2 Ray workers over 1", path.parent.name, 1.9, rates[2] / rates[1])
+def parallel_goals(where: str, content: dict) -> Iterable[Goal]:
+    for shape, kinds in content["shapes"].items():
+        shares = [kind["of_one"]["verify_ms"] for kind in kinds.values() if "of_one" in kind]
+        place = f"{where}, {shape}, {content['effort']['tokens']} tokens"
+        best = min(shares, default=NAN)
+        yield Goal(f"verification by {content['ranks']} GPUs over one", place, 0.65, best, at_most=True)
 
 
-def memory_goals(results: Path) -> Iterator[Goal]:
-    for path in sorted(results.rglob("prefill_memory.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        where = f"{record['prompt_tokens']:,} tokens, {path.parent.name}"
-        yield Goal("prefill's peak memory over the bytes counted", where, 1.2, record["peak_over_count"], at_most=True)
+def ray_goals(where: str, content: dict) -> Iterable[Goal]:
+    rates = {int(count): figures["samples_per_hour"] for count, figures in content["workers"].items()}
+    if content["setting"]["device"] == "cuda" and {1, 2} <= set(rates):
+        yield Goal("samples per hour of 2 Ray workers over 1", where, 1.9, rates[2] / rates[1])
 
 
-def measured(figures: pd.DataFrame, folder: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Data sets and temperatures measured by both methods in a folder, over what both hold."""
-    rows = figures[(figures["folder"] == folder) & figures["method"].isin([STANDARD, SPECEXTEND])]
-    for (data, temperature), group in rows.groupby(["data", "temperature"], sort=False):
-        if group["method"].nunique() == 2:
-            tree = "CPU tree" if folder.endswith("cpu_tree") else "paper's tree"
-            yield f"{data}, temperature {temperature:g}, {tree}", on_shared(group)
-
-
-def at(table: pd.DataFrame, length: str) -> float:
-    """SpecExtend's figure at a length, NaN where there is none."""
-    return float(table[SPECEXTEND].get(length, float("nan")))
-
+DOCUMENTS = {
+    "needle.json": needle_goals,
+    "prefill_memory.json": memory_goals,
+    "summary.json": gpu_goals,
+    "parallel.json": parallel_goals,
+    "ray.json": ray_goals,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,160 +1,200 @@
-"""Methods compared on the prompts they share: figures of per-length files, over the records that all of them hold.
+"""What lies under results/: the records of all evaluations as one tidy table, and the other measurements' JSON files.
 
-A per-length file holds the figures of all its records, and two files may hold different prompts. What stands side by
-side, or is divided by one another, therefore comes from here: `on_shared` goes back to the journals beside the files.
+A row of the table is one measured generation: the columns of its setting (`RUN`, data, temperature, method), of its
+prompt, and `record`. Figures of any selection of rows are those of an evaluation (`aggregate`), so methods can be
+compared on the prompts they share. A damaged file is named in one line on stderr and left out.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
-from functools import cache
+import math
+import sys
+from collections.abc import Callable, Iterator
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
-Key = tuple[int, int, str]  # sample, run, hash of the prompt
-Record = dict[str, Any]
-SETTING = (  # columns of `make_tables.read_results` that are no figures
-    "file folder journal data temperature method model draft dtype device hardware tree max_gen_len versions length "
-    "order"
-).split()
-COUNTS = ["samples", "runs", "prompt_tokens.mean"]  # what files without a journal must agree in
+from specextend.data.prompts import ALL_LENGTHS, parse_length
+from specextend.errors import SpecExtendError
+from specextend.evaluation.aggregate import aggregate
+from specextend.evaluation.records import SampleRecord
+from specextend.methods import METHODS
+
+T = TypeVar("T")
+RUN = ["folder", "model", "draft", "dtype", "device", "hardware", "tree", "max_gen_len"]
+PART = [*RUN, "data", "temperature"]  # what one table shows
+FIGURES_BY = [*PART, "length", "method"]
+STANDARD, SPECEXTEND = "standard", "specextend"
+PAIR = (STANDARD, SPECEXTEND)
+LEADS = ["avg_accept_length", "speedup_decode", "speedup"]
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, SpecExtendError)
 
 
-def on_shared(rows: pd.DataFrame, methods: Iterable[str] | None = None) -> pd.DataFrame:
-    """The rows of `methods` (all of them), at each length over the records that all methods measured there hold.
-
-    Rows that hold no more than that stay as they are; others keep the figures of `figures_of` and no more. A length
-    where nothing is shared is left out.
-
-    Args:
-        rows: as `make_tables.read_results` gives them, of one data set; a method once per length.
-    """
-    if methods is not None:
-        rows = rows[rows["method"].isin(list(methods))]
-    kept = [row for _, group in rows.groupby("length", sort=False) for row in _shared(group)]
-    return pd.DataFrame(kept, columns=rows.columns).sort_index().infer_objects()
+def attempt(path: Path, read: Callable[[], T]) -> T | None:
+    """What `read` makes of a file; None, and a line that names the file, where it is damaged."""
+    try:
+        return read()
+    except UNREADABLE as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        print(f"{path} is damaged and left out ({reason}); remove it or measure it anew", file=sys.stderr)
+        return None
 
 
-def lead(rows: pd.DataFrame, one: str, other: str, figure: str) -> pd.Series:
-    """`figure` of `one` over that of `other`, by length, on the records that both hold."""
-    table = on_shared(rows, (one, other)).pivot(index="length", columns="method", values=figure).astype(float)
-    if not {one, other} <= set(table.columns):
-        return pd.Series(dtype=float)
-    return (table[one] / table[other]).dropna()
+def read_records(results: Path) -> pd.DataFrame:
+    """Every record of every journal under `results`, by setting, shortest prompts first, methods in their order."""
+    found = [attempt(path, lambda path=path: _journal(path, results)) for path in sorted(results.rglob("*.jsonl"))]
+    rows = [row for journal in found if journal for row in journal]
+    if not rows:
+        sys.exit(f"no records of eval_classic.py or eval_eagle.py under {results}")
+    records = pd.DataFrame(rows)
+    others = [name for name in RUN if name != "tree"]  # chains belong to the run whose folder they lie in
+    records["tree"] = records["tree"].fillna(records.groupby(others)["tree"].transform("first")).fillna("chains")
+    twice = records.groupby(FIGURES_BY)["file"].transform("nunique") > 1
+    twice = records["file"].isin(records.loc[twice, "file"])
+    records["method"] = records["method"].mask(twice, records["method"] + " (" + records["file"] + ")")
+    places = {name: place for place, name in enumerate(METHODS)}
+    order = records["method"].map(lambda name: places.get(name, len(places)))
+    size = records["length"].map(lambda name: math.inf if name == ALL_LENGTHS else parse_length(name))
+    by = [*PART, "size", "order", "file", "sample", "run"]
+    return records.assign(order=order, size=size).sort_values(by, ignore_index=True).drop(columns=["order", "size"])
 
 
-def _shared(group: pd.DataFrame) -> list[pd.Series]:
-    """The rows of one length over what they share."""
-    if len(group) == 1:
-        return [group.iloc[0]]
-    held = [records_of(row.get("journal"), row["length"]) for _, row in group.iterrows()]
-    if not all(held):  # a file without its journal: only its counts tell what it holds
-        same = len(group[[name for name in COUNTS if name in group]].drop_duplicates()) == 1
-        return [row for _, row in group.iterrows()] if same else []
-    keys = set.intersection(*map(set, held))
-    if not keys:
+def _journal(path: Path, results: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # being written, or cut off by a kill
+    if not lines:
         return []
+    setting = _setting(json.loads(lines[0]))
+    setting |= {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
+    records = [SampleRecord.from_json(json.loads(line)) for line in lines[1:]]
+    shared_by: dict[str, set[int]] = {}
+    for one in records:
+        shared_by.setdefault(one.bucket, set()).add(one.worker.workers_on_host if one.worker else 1)
     return [
-        row if len(records) == len(keys) else _with_figures(row, [records[key] for key in sorted(keys)])
-        for (_, row), records in zip(group.iterrows(), held, strict=True)
+        setting
+        | {
+            # part of the hardware: workers side by side are slower than one alone, and no table mixes the two
+            "hardware": setting["hardware"] + _workers(sorted(shared_by[one.bucket])),
+            "length": one.bucket,
+            "sample": one.sample,
+            "run": one.run,
+            "prompt": one.prompt_sha256,
+            "record": one,
+        }
+        for one in records
     ]
 
 
-def _with_figures(row: pd.Series, records: list[Record]) -> pd.Series:
-    figures = figures_of(records)
-    values = {name: row[name] if name in SETTING else figures.get(name) for name in row.index}
-    return pd.Series(values, name=row.name, dtype=object)
-
-
-def records_of(journal: str | None, length: str) -> dict[Key, Record]:
-    """The records of one length by sample, run and prompt; none where there is no journal."""
-    return _journal(journal).get(length, {}) if isinstance(journal, str) else {}
-
-
-@cache
-def _journal(path: str) -> dict[str, dict[Key, Record]]:
-    found: defaultdict[str, dict[Key, Record]] = defaultdict(dict)
-    lines = Path(path).read_text(encoding="utf-8").splitlines()[1:] if Path(path).exists() else []
-    for record in map(json.loads, lines):
-        found[record["bucket"]][record["sample"], record["run"], record["prompt_sha256"]] = record
-    return found
-
-
-def figures_of(records: list[Record]) -> dict[str, Any]:
-    """What `specextend.bench.aggregate` says of a length's records, with dotted names, without importing PyTorch.
-
-    Rates are ratios of totals; speeds are left out where the workers' conditions differ.
-    """
-    samples: defaultdict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        samples[record["sample"]].append(record)
-    figures = {
-        "samples": len(samples),
-        "runs": len(records),
-        "prompt_tokens.mean": float(np.mean([record["prompt_tokens"] for record in records])),
-        "avg_accept_length": _accepted(records),
-        "tokens_per_round": _ratio(
-            sum(record["method"]["new_tokens"] - 1 for record in records), sum(len(r["accepted"]) for r in records)
-        ),
-        "equal_to_autoregressive": sum(all(r["equal_to_autoregressive"] for r in runs) for runs in samples.values()),
-        **_spread("avg_accept_length", map(_accepted, samples.values())),
-    }
-    return figures if _conditions_differ(records) else figures | _speeds(records, list(samples.values()))
-
-
-def _speeds(records: list[Record], samples: list[list[Record]]) -> dict[str, Any]:
-    overall, decode = _rate(records, "method", "total_s"), _rate(records, "method", "decode_s")
-    baseline = {
-        "autoregressive.tokens_per_sec": _rate(records, "autoregressive", "total_s"),
-        "autoregressive.decode_tokens_per_sec": _rate(records, "autoregressive", "decode_s"),
-    }
+def _setting(manifest: dict[str, Any]) -> dict[str, Any]:
+    setting, environment = manifest["setting"], manifest["environment"]
+    config = setting["config"]
+    drafts_trees = config.get("drafting", config.get("draft", "model")) == "model"
     return {
-        "avg_tokens_per_sec": overall,
-        "decode_tokens_per_sec": decode,
-        **baseline,
-        "ttft_s": float(np.mean([record["method"]["ttft_s"] for record in records])),
-        "speedup": _ratio(overall, baseline["autoregressive.tokens_per_sec"]),
-        "speedup_decode": _speedup_decode(records),
-        "speedup_mean_of_ratios": float(
-            np.mean([record["method"]["tokens_per_s"] / record["autoregressive"]["tokens_per_s"] for record in records])
-        ),
-        **_spread("speedup_decode", map(_speedup_decode, samples)),
+        **{name: setting[name] for name in ("data", "method", "model", "draft", "dtype", "device", "max_gen_len")},
+        "temperature": setting["sampling"]["temperature"],
+        "hardware": _place(setting, environment),
+        "tree": _tree(config["tree"]) if drafts_trees else None,
+        "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }
 
 
-def _accepted(records: list[Record]) -> float | None:
-    """Draft tokens kept per round, of all rounds."""
-    return _ratio(
-        sum(sum(record["accepted"]) for record in records), sum(len(record["accepted"]) for record in records)
-    )
+def _place(setting: dict[str, Any], environment: dict[str, Any]) -> str:
+    hardware = environment["hardware"]
+    cpu = f"{hardware['cpu']} with {environment['threads']} of {hardware['cores']} cores"
+    return hardware["gpu"] if setting["device"] == "cuda" else cpu
 
 
-def _rate(records: list[Record], of: str, seconds: str) -> float | None:
-    """Tokens over time of all records; the first token comes out of the prefill and is not decoded."""
-    first = 1 if seconds == "decode_s" else 0
-    return _ratio(sum(r[of]["new_tokens"] - first for r in records), sum(r[of][seconds] for r in records))
+def _workers(on_host: list[int]) -> str:
+    """What is said of workers that shared a host, and nothing of one alone."""
+    if on_host == [1]:
+        return ""
+    return f", {' or '.join(map(str, on_host))} workers per host" + (" (speeds do not compare)" * (len(on_host) > 1))
 
 
-def _speedup_decode(records: list[Record]) -> float | None:
-    return _ratio(_rate(records, "method", "decode_s"), _rate(records, "autoregressive", "decode_s"))
+def _tree(tree: dict[str, Any]) -> str:
+    floor = tree.get("min_probability")
+    text = f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}"
+    return f"{text}, nodes reached with at least {floor:g}" if floor else text
 
 
-def _spread(name: str, values: Iterable[float | None]) -> dict[str, float | None]:
-    """10th and 90th percentile over samples."""
-    known = [value for value in values if value is not None]
-    return {f"spread.{name}.p{rank}": float(np.percentile(known, rank)) if known else None for rank in (10, 90)}
+# --- figures of rows ------------------------------------------------------------------------------------------------
 
 
-def _conditions_differ(records: list[Record]) -> bool:
-    workers = [record["worker"] for record in records if record.get("worker")]
-    on_host = {(record.get("worker") or {}).get("workers_on_host", 1) for record in records}
-    return len(on_host) > 1 or len({(worker["threads"], worker["processor"]) for worker in workers}) > 1
+def figures_of(records: pd.DataFrame) -> pd.DataFrame:
+    """A row per setting, length and method: the columns of the setting and the figures of `aggregate`, dotted names."""
+    rows = [
+        dict(zip(FIGURES_BY, key, strict=True)) | next(iter(aggregate(group["record"]).values()))
+        for key, group in records.groupby(FIGURES_BY, sort=False)
+    ]
+    return pd.json_normalize(rows) if rows else pd.DataFrame(columns=[*FIGURES_BY, "samples"])
 
 
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return numerator / denominator if numerator is not None and denominator else None
+def shared(records: pd.DataFrame, methods: tuple[str, ...] | None = None) -> pd.DataFrame:
+    """The records of `methods` (all of them) on the prompts that all methods measured at that length have answered."""
+    if methods is not None:
+        records = records[records["method"].isin(methods)]
+    cell = [*PART, "length"]
+    measured = records.groupby(cell)["method"].transform("nunique")
+    answered = records.groupby([*cell, "sample", "run", "prompt"])["method"].transform("nunique")
+    return records[answered == measured]
+
+
+def leads(records: pd.DataFrame) -> pd.DataFrame:
+    """Each method's figures over each other's, on the prompts both have answered: by (one, other, length).
+
+    Args:
+        records: of one setting, data set and temperature.
+    """
+    rows = {}
+    for length, group in records.groupby("length", sort=False):
+        held = {
+            method: {(one.sample, one.run, one.prompt_sha256): one for one in of["record"]}
+            for method, of in group.groupby("method", sort=False)
+        }
+        for pair in combinations(held, 2):
+            keys = sorted(held[pair[0]].keys() & held[pair[1]].keys())
+            if keys:
+                found = [next(iter(aggregate(held[method][key] for key in keys).values())) for method in pair]
+                one, other = (pd.Series([figures[name] for name in LEADS], LEADS, dtype=float) for figures in found)
+                rows |= {(*pair, length): one / other, (*pair[::-1], length): other / one}
+    table = pd.DataFrame(rows.values(), columns=LEADS)
+    return table.set_index(pd.MultiIndex.from_tuples(rows, names=["one", "other", "length"])) if rows else table
+
+
+def pivot(figures: pd.DataFrame, name: str) -> pd.DataFrame:
+    """A figure by length and method; standard and SpecExtend are there, all NaN where they were not measured."""
+    lengths, methods = figures["length"].unique(), figures["method"].unique()
+    table = figures.pivot(index="length", columns="method", values=name).astype(float)
+    return table.reindex(index=lengths, columns=list(dict.fromkeys((*PAIR, *methods))))
+
+
+def title_of(run: pd.Series) -> str:
+    models = f"{run['model']} with {run['draft']}, {run['dtype']}, {run['hardware']}"
+    return f"{models}; tree: {run['tree']}; {run['max_gen_len']} new tokens"
+
+
+def by(records: pd.DataFrame, columns: list[str]) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
+    """Parts of the table that agree in `columns`, each with its first row."""
+    for _, rows in records.groupby(columns, sort=False):
+        yield rows.iloc[0], rows
+
+
+# --- measurements that are no generations ---------------------------------------------------------------------------
+
+
+def read_documents(results: Path, name: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Files called `name` anywhere under `results`, with their content."""
+    for path in sorted(results.rglob(name)):
+        content = attempt(path, lambda path=path: dict(json.loads(path.read_text(encoding="utf-8"))))
+        if content is not None:
+            yield path, content
+
+
+def title_of_document(content: dict[str, Any]) -> str:
+    setting = content["setting"]
+    models = f"{setting['model']} with {setting['draft']}, {setting['dtype']}"
+    return f"{models}, {_place(setting, content['environment'])}; {setting['data']}"

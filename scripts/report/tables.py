@@ -1,12 +1,12 @@
-"""Markdown tables from the per-length files under results/: standard and SpecExtend side by side.
+"""Markdown tables from the records under results/: standard and SpecExtend side by side.
 
-    python scripts/make_tables.py                      # writes results/REPORT.md
-    python scripts/make_tables.py --html               # and REPORT.html, one file with the figures in it
-    python scripts/make_tables.py --readme README.md   # and the short form between the README's results markers
+    python -m scripts.report.tables                      # writes results/REPORT.md
+    python -m scripts.report.tables --html               # and REPORT.html, one file with the figures in it
+    python -m scripts.report.tables --readme README.md   # and the short form between the README's results markers
 
 A table shows what was measured under one setting: same folder, data, models, dtype, hardware (and how many workers
 shared it), tree, new tokens and temperature. Further methods of that setting follow below it, by length; then the
-paper's figures beside ours (`beside_paper.py`), the needles and the analyses.
+paper's figures beside ours, the needles and the analyses.
 """
 
 from __future__ import annotations
@@ -16,18 +16,31 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from beside_paper import analysis_tables, markdown, needle_table, tables_of
-from gpu_tables import gpu_reports
-from readings import METHODS, read_records, title_of_records
-from report_html import html_report
-from shared import lead, on_shared
 
-STANDARD, SPECEXTEND, NAIVE = "standard", "specextend", "autoregressive_hf"
-SPEEDUPS = ("speedup_decode", "speedup")
-RUN = ["folder", "model", "draft", "dtype", "device", "hardware", "tree", "max_gen_len"]
+from scripts.report.gpu import gpu_reports
+from scripts.report.markdown import Column, cell, markdown, table_of
+from scripts.report.page import html_report
+from scripts.report.paper import analysis_tables, needle_table, tables_beside
+from scripts.report.records import (
+    PAIR,
+    RUN,
+    SPECEXTEND,
+    STANDARD,
+    attempt,
+    by,
+    figures_of,
+    leads,
+    pivot,
+    read_documents,
+    read_records,
+    shared,
+    title_of,
+    title_of_document,
+)
+
+NAIVE = "autoregressive_hf"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
     "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
@@ -39,317 +52,204 @@ NEEDLES = (
     "A fact stated far back and asked for at the end; answer tokens that the draft also gets right where the fact is "
     "not stated are left out. The paper does not say how long its contexts are."
 )
+COMPARED = [  # heading, figure, digits, whether with the ratio
+    ("accepted", "avg_accept_length", 2, True),
+    ("tokens/round", "tokens_per_round", 2, False),
+    ("decode tok/s", "decode_tokens_per_sec", 1, False),
+    ("decode speed-up", "speedup_decode", 2, True),
+    ("end-to-end speed-up", "speedup", 2, True),
+]
+BY_LENGTH = [  # what a table of all methods says, its figure, those in brackets, digits
+    ("Draft tokens accepted per round:", "avg_accept_length", [], 2),
+    ("Decode speed-up over our autoregressive loop:", "speedup_decode", [], 2),
+    (
+        "End-to-end speed-up over our autoregressive loop, ratio of totals (mean of the samples' ratios):",
+        "speedup", ["speedup_mean_of_ratios"], 2,
+    ),
+    (
+        "Speed-up over Hugging Face's eager `generate`, end to end (decoding), each against our loop beside it, on the "
+        "prompts that both have answered:", "over_naive", ["decode_over_naive"], 2,
+    ),
+    ("Seconds to the first token:", "ttft_s", [], 2),
+    (
+        "Milliseconds per token while decoding, median (90th, 99th percentile):",
+        "token_ms.p50", ["token_ms.p90", "token_ms.p99"], 1,
+    ),
+    ("Peak GPU memory, GB:", "peak_gb", [], 2),
+    ("Samples whose tokens are those of autoregressive decoding, of all:", "equal", [], 0),
+]  # fmt: skip
 
 
 def main() -> None:
     args = parse_args()
-    figures = read_results(args.results)
-    if figures.empty:
-        sys.exit(f"no per-length files of eval_classic.py or eval_eagle.py under {args.results}")
+    records = read_records(args.results)
+    readme = args.readme and filled(args.readme, "\n\n".join((*gpu_reports(args.results), short_report(records))))
     report = args.results / "REPORT.md"
-    report.write_text(full_report(figures, args.results), encoding="utf-8")
-    written = [str(report)]
+    report.write_text(full_report(records, args.results), encoding="utf-8")
+    written = [report]
     if args.html:
-        page = report.with_suffix(".html")
-        page.write_text(html_report(report.read_text(encoding="utf-8"), args.results / "figures"), encoding="utf-8")
-        written.append(str(page))
-    if args.readme:
-        fill_readme(args.readme, "\n\n".join((*gpu_reports(args.results), short_report(figures))))
-        written.append(str(args.readme))
-    print(json.dumps({"files": sorted(set(figures["file"])), "written": written}))
+        written.append(report.with_suffix(".html"))
+        page = html_report(report.read_text(encoding="utf-8"), args.results / "figures")
+        written[-1].write_text(page, encoding="utf-8")
+    if readme:
+        written.append(args.readme)
+        args.readme.write_text(readme, encoding="utf-8")
+    print(json.dumps({"files": sorted(records["file"].unique()), "written": [str(path) for path in written]}))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the per-length files")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     parser.add_argument("--html", action="store_true", help="also REPORT.html, with the figures inside it")
     parser.add_argument("--readme", type=Path, help="file whose text between the results markers is replaced")
     return parser.parse_args()
 
 
-# --- reading (plot_results.py reads through this too) ---------------------------------------------------------------
-
-
-def read_results(results: Path) -> pd.DataFrame:
-    """One row per file and nominal length, shortest first: the `RUN` columns, data, temperature, method, figures.
-
-    Nested figures get dotted names: `prompt_tokens.mean`, `spread.speedup_decode.p10`.
-    """
-    rows = []
-    for path in sorted(results.rglob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "setting" not in content.get("manifest", {}):
-            continue
-        setting = _setting_columns(content.pop("manifest"))
-        place = {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
-        place["journal"] = str(path.with_suffix(".jsonl"))
-        for length, figures in content.items():
-            # part of the hardware: workers side by side are slower than one alone, and no table mixes the two
-            hardware = setting["hardware"] + _workers(figures.get("workers_on_host", [1]))
-            rows.append({**place, **setting, "hardware": hardware, "length": length, **figures})
-    if not rows:
-        return pd.DataFrame()
-    figures = pd.json_normalize(rows).astype({"prompt_tokens.mean": float})
-    figures["tree"] = _tree_of_run(figures)
-    figures["method"] = _distinct_methods(figures)
-    order = figures["method"].map(lambda name: list(METHODS).index(name) if name in METHODS else len(METHODS))
-    keys = [*RUN, "data", "temperature", "prompt_tokens.mean", "order", "file"]
-    return figures.assign(order=order).sort_values(keys, ignore_index=True)
-
-
-def _setting_columns(manifest: dict[str, Any]) -> dict[str, Any]:
-    setting, environment = manifest["setting"], manifest["environment"]
-    tree, hardware = setting["config"]["tree"], environment["hardware"]
-    cpu = f"{hardware['cpu']} with {environment['threads']} of {hardware['cores']} cores"
-    return {
-        "data": setting["data"],
-        "temperature": setting["sampling"]["temperature"],
-        "method": setting["method"],
-        "model": setting["model"],
-        "draft": setting["draft"],
-        "dtype": setting["dtype"],
-        "device": setting["device"],
-        "hardware": hardware["gpu"] if setting["device"] == "cuda" else cpu,
-        "tree": _tree(tree) if setting["config"].get("draft", "model") == "model" else None,
-        "max_gen_len": setting["max_gen_len"],
-        "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
-    }
-
-
-def _workers(on_host: list[int]) -> str:
-    """What is said of workers that shared a host, and nothing of one alone."""
-    if on_host == [1]:
-        return ""
-    return f", {' or '.join(map(str, on_host))} workers per host" + (" (speeds do not compare)" * (len(on_host) > 1))
-
-
-def _tree(tree: dict[str, Any]) -> str:
-    floor = tree.get("min_probability")
-    text = f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}"
-    return f"{text}, nodes reached with at least {floor:g}" if floor else text
-
-
-def _tree_of_run(figures: pd.DataFrame) -> pd.Series:
-    """Methods without a draft tree belong to the run whose folder they lie in."""
-    others = [name for name in RUN if name != "tree"]
-    return figures["tree"].fillna(figures.groupby(others)["tree"].transform("first")).fillna("chains")
-
-
-def _distinct_methods(figures: pd.DataFrame) -> pd.Series:
-    """The method's name, with the file's where two files of one setting share it."""
-    twice = figures.duplicated([*RUN, "data", "temperature", "length", "method"], keep=False)
-    twice = figures["file"].isin(figures.loc[twice, "file"])
-    return figures["method"].mask(twice, figures["method"] + " (" + figures["file"] + ")")
-
-
-def runs_of(figures: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame]]:
-    """Settings, each with the rows measured under it."""
-    for _, rows in figures.groupby(RUN, sort=False):
-        yield rows.iloc[0], rows
-
-
-def title_of(run: pd.Series) -> str:
-    models = f"{run['model']} with {run['draft']}, {run['dtype']}, {run['hardware']}"
-    return f"{models}; tree: {run['tree']}; {run['max_gen_len']} new tokens"
-
-
-def pivot(rows: pd.DataFrame, figure: str) -> pd.DataFrame:
-    """A figure by length (in order of prompt tokens) and method; a method that was not measured is all NaN."""
-    order = rows.drop_duplicates("length").set_index("length").index
-    table = rows.pivot(index="length", columns="method", values=figure).astype(float).reindex(order)
-    return table.reindex(columns=[STANDARD, SPECEXTEND, *(set(table.columns) - {STANDARD, SPECEXTEND})])
-
-
-# --- the report -----------------------------------------------------------------------------------------------------
-
-
-def full_report(figures: pd.DataFrame, results: Path) -> str:
-    parts = ["# Results", "Written by `scripts/make_tables.py` from the files named below; do not edit.", LEGEND]
-    for run, measured in runs_of(figures):
+def full_report(records: pd.DataFrame, results: Path) -> str:
+    parts = ["# Results", "Written by `scripts.report.tables` from the files named below; do not edit.", LEGEND]
+    for run, of_run in by(records, RUN):
         parts.append(f"## {title_of(run)}")
-        for (data, temperature), rows in measured.groupby(["data", "temperature"], sort=False):
-            parts += [f"### {data}, temperature {temperature:g}", side_by_side(rows)]
-            if set(rows["method"]) - {STANDARD, SPECEXTEND}:
+        for first, rows in by(of_run, ["data", "temperature"]):
+            parts += [f"### {first['data']}, temperature {first['temperature']:g}", side_by_side(rows)]
+            if set(rows["method"]) - set(PAIR):
                 parts += all_methods(rows)
-            parts += tables_of(rows)
-            sources = ", ".join(f"[{file}]({file})" for file in sorted(set(rows["file"])))
-            versions = "; ".join(sorted(set(rows["versions"])))
-            parts.append(f"{samples_of(rows)} samples per length, {versions}. Files: {sources}.")
+            parts += tables_beside(rows)
+            sources = ", ".join(f"[{file}]({file})" for file in sorted(rows["file"].unique()))
+            versions = "; ".join(sorted(rows["versions"].unique()))
+            parts.append(f"{samples_of(figures_of(rows))} samples per length, {versions}. Files: {sources}.")
     parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
-    for path, content in read_records(results, "needle.json"):
-        parts += [f"## Needles: {title_of_records(content)}", NEEDLES, needle_table(content), file_link(path, results)]
-    for path, content in read_records(results, "analysis.json"):
-        parts += [f"## Analyses: {title_of_records(content)}", *analysis_tables(content), file_link(path, results)]
+    for title, name, make in (
+        ("Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)]),
+        ("Analyses", "analysis.json", analysis_tables),
+    ):
+        for path, content in read_documents(results, name):
+            file = path.relative_to(results).as_posix()
+            section = attempt(path, lambda c=content, t=title, m=make: [f"## {t}: {title_of_document(c)}", *m(c)])
+            parts += [*section, f"File: [{file}]({file})."] if section else []
     return "\n\n".join(parts) + "\n"
 
 
-def file_link(path: Path, results: Path) -> str:
-    name = path.relative_to(results).as_posix()
-    return f"File: [{name}]({name})."
-
-
-def samples_of(rows: pd.DataFrame) -> str:
+def samples_of(figures: pd.DataFrame) -> str:
     """`4`, or `2 to 6`."""
-    return " to ".join(str(count) for count in dict.fromkeys((rows["samples"].min(), rows["samples"].max())))
+    return " to ".join(str(count) for count in dict.fromkeys((figures["samples"].min(), figures["samples"].max())))
 
 
-def side_by_side(rows: pd.DataFrame) -> str:
+def side_by_side(records: pd.DataFrame) -> str:
     """Standard and SpecExtend, each length on the prompts that both have answered."""
-    rows = on_shared(rows, (STANDARD, SPECEXTEND))
-    if rows.empty:
+    figures = figures_of(shared(records, PAIR))
+    if figures.empty:
         return "Neither standard nor SpecExtend was measured."
-    prompt_tokens = rows.drop_duplicates("length").set_index("length")["prompt_tokens.mean"]
-    baseline = pivot(rows, "autoregressive.decode_tokens_per_sec")[[STANDARD, SPECEXTEND]].mean(axis="columns")
-    columns = {
-        "prompt tokens": number(prompt_tokens, 0),
-        **both("accepted", pivot(rows, "avg_accept_length")),
-        **both("tokens/round", pivot(rows, "tokens_per_round"), ratio=False),
-        "decode tok/s: AR": number(baseline, 1),
-        **both("decode tok/s", pivot(rows, "decode_tokens_per_sec"), digits=1, ratio=False),
-        **both("decode speed-up", pivot(rows, "speedup_decode")),
-        **both("end-to-end speed-up", pivot(rows, "speedup")),
-        "equal: standard": equal(rows, STANDARD),
-        "equal: SpecExtend": equal(rows, SPECEXTEND),
-    }
-    return markdown(pd.DataFrame(columns))
+    first = figures.drop_duplicates("length").set_index("length")
+    wide = pd.DataFrame({"prompt tokens": first["prompt_tokens.mean"]})
+    wide["AR"] = pivot(figures, "autoregressive.decode_tokens_per_sec")[list(PAIR)].mean(axis="columns")
+    columns = [Column("prompt tokens", "prompt tokens", 0)]
+    for heading, name, digits, with_ratio in COMPARED:
+        if name == "decode_tokens_per_sec":
+            columns.append(Column("decode tok/s: AR", "AR", 1))
+        table = pivot(figures, name)
+        table["ratio"] = table[SPECEXTEND] / table[STANDARD]
+        wide = wide.join(table.add_prefix(f"{name}: "))
+        shown = {"standard": STANDARD, "SpecExtend": SPECEXTEND} | ({"ratio": "ratio"} if with_ratio else {})
+        columns += [
+            Column(f"{heading}: {label}", f"{name}: {of}", 2 if of == "ratio" else digits)
+            for label, of in shown.items()
+        ]
+    equal = figures.assign(equal=equality(figures)).pivot(index="length", columns="method", values="equal")
+    wide = wide.join(equal.reindex(columns=list(PAIR)).add_prefix("equal: "))
+    columns += [Column("equal: standard", "equal: standard"), Column("equal: SpecExtend", "equal: specextend")]
+    return table_of(wide.rename_axis("length"), columns)
 
 
-def both(name: str, table: pd.DataFrame, *, digits: int = 2, ratio: bool = True) -> dict[str, pd.Series]:
-    """Columns of a figure for standard and SpecExtend, and their ratio."""
-    columns = {
-        f"{name}: standard": number(table[STANDARD], digits),
-        f"{name}: SpecExtend": number(table[SPECEXTEND], digits),
-    }
-    return columns | ({f"{name}: ratio": number(table[SPECEXTEND] / table[STANDARD])} if ratio else {})
+def equality(figures: pd.DataFrame) -> pd.Series:
+    return figures["equal_to_autoregressive"].astype(str) + "/" + figures["samples"].astype(str)
 
 
-def all_methods(rows: pd.DataFrame) -> Iterator[str]:
-    """Every method by length, a table per figure; what stands in brackets is said above each."""
+def all_methods(records: pd.DataFrame) -> Iterator[str]:
+    """Every method by length, a table per figure."""
+    figures, lead = figures_of(records), leads(records)
+    figures = figures.assign(equal=equality(figures), peak_gb=figures["peak_bytes"].astype(float) / 1e9)
+    for rank in ("p50", "p90", "p99"):
+        if f"token_s.{rank}" in figures:
+            figures[f"token_ms.{rank}"] = 1e3 * figures[f"token_s.{rank}"]
+    if NAIVE in set(figures["method"]):
+        at_naive = set(figures.loc[figures["method"] == NAIVE, "length"])
+        for column, name in (("over_naive", "speedup"), ("decode_over_naive", "speedup_decode")):
+            figures[column] = [
+                (1.0 if method == NAIVE else lead[name].get((method, NAIVE, length))) if length in at_naive else None
+                for method, length in zip(figures["method"], figures["length"], strict=True)
+            ]
     yield "All methods, each over all prompts it has answered (how many: the last table)."
-    yield "Draft tokens accepted per round:"
-    yield by_length(rows, "avg_accept_length")
-    yield "Decode speed-up over our autoregressive loop:"
-    yield by_length(rows, "speedup_decode")
-    yield "End-to-end speed-up over our autoregressive loop, ratio of totals (mean of the samples' ratios):"
-    yield by_length(rows, "speedup", "speedup_mean_of_ratios")
-    naive = rows[rows["method"] == NAIVE]
-    if not naive.empty:
-        yield (
-            "Speed-up over Hugging Face's eager `generate`, end to end (decoding), each against our loop beside it, on "
-            "the prompts that both have answered:"
-        )
-        over = {name: {method: lead(rows, method, NAIVE, name) for method in set(rows["method"])} for name in SPEEDUPS}
-        at_naive = rows[rows["length"].isin(naive["length"])]
-        places = list(zip(at_naive["method"], at_naive["length"], strict=True))
-        leads = {name: [over[name][method].get(length) for method, length in places] for name in SPEEDUPS}
-        yield by_length(at_naive.assign(**leads), "speedup", "speedup_decode")
-    yield "Seconds to the first token:"
-    yield by_length(rows, "ttft_s")
-    if "token_s.p50" in rows:
-        percentiles = rows.assign(**{name: 1e3 * rows[f"token_s.{name}"] for name in ("p50", "p90", "p99")})
-        yield "Milliseconds per token while decoding, median (90th, 99th percentile):"
-        yield by_length(percentiles, "p50", "p90", "p99", digits=1)
-    if rows["peak_bytes"].notna().any():
-        yield "Peak GPU memory, GB:"
-        yield by_length(rows.assign(peak=rows["peak_bytes"].astype(float) / 1e9), "peak")
-    yield "Samples whose tokens are those of autoregressive decoding, of all:"
-    shares = rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str)
-    yield markdown(methods_by_lengths(rows.assign(equal=shares), "equal"))
-    yield fastest(rows)
+    for said, name, more, digits in BY_LENGTH:
+        if name not in figures or figures[name].isna().all():
+            continue
+        measured = figures.dropna(subset=name)
+        texts = [[cell(value, digits) for value in row] for row in measured[[name, *more]].values.tolist()]
+        cells = [one + f" ({', '.join(others)})" * bool(others) for one, *others in texts]
+        table = measured.assign(cell=cells).pivot(index="method", columns="length", values="cell")
+        yield said
+        yield markdown(table.reindex(index=measured["method"].unique(), columns=measured["length"].unique()))
+    yield fastest(figures.dropna(subset=["speedup", "speedup_decode"]), lead)
 
 
-def by_length(rows: pd.DataFrame, figure: str, *more: str, digits: int = 2) -> str:
-    """Methods by lengths; further figures in brackets."""
-    cells = number(rows[figure], digits)
-    if more:
-        cells += " (" + pd.concat([number(rows[name], digits) for name in more], axis=1).agg(", ".join, axis=1) + ")"
-    return markdown(methods_by_lengths(rows.assign(cell=cells), "cell"))
+def fastest(figures: pd.DataFrame, lead: pd.DataFrame) -> str:
+    """Which method wins at each length, decoding and end to end: whose smallest lead over another is largest."""
 
+    def winner(length: str, methods: pd.Series, name: str) -> str:
+        least = {
+            one: min((lead[name].get((one, other, length), 1.0) for other in methods), default=1.0) for one in methods
+        }
+        return max(least, key=least.get)
 
-def methods_by_lengths(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    table = rows.pivot(index="method", columns="length", values=column)
-    return table.reindex(index=dict.fromkeys(rows["method"]), columns=list(dict.fromkeys(rows["length"])))
-
-
-def fastest(rows: pd.DataFrame) -> str:
-    """Which method wins at each length, decoding and end to end: over each other on the prompts both have answered."""
-    winners = {figure: fastest_by(rows.dropna(subset=list(SPEEDUPS)), figure) for figure in SPEEDUPS}
-    said = [f"{length}: {', '.join(winners[figure][length] for figure in SPEEDUPS)}" for length in winners[SPEEDUPS[0]]]
+    said = [
+        f"{length}: {', '.join(winner(length, group['method'], name) for name in ('speedup_decode', 'speedup'))}"
+        for length, group in figures.groupby("length", sort=False)
+    ]
     return f"Fastest while decoding, and end to end, at {'; '.join(said)}." if said else "No speeds to compare."
-
-
-def fastest_by(rows: pd.DataFrame, figure: str) -> dict[str, str]:
-    """By length the method whose smallest lead over another is largest."""
-    winners = {}
-    for length, group in rows.groupby("length", sort=False):
-        names = list(group["method"])
-        leads = pd.DataFrame(
-            [[lead(group, one, other, figure).get(length) for other in names] for one in names], index=names
-        ).astype(float)  # of a method over itself: 1, which changes no winner
-        winners[length] = leads.min(axis="columns").idxmax()
-    return winners
-
-
-def number(values: pd.Series, digits: int = 2) -> pd.Series:
-    """Formatted; empty where there is no figure."""
-    return values.astype(float).map(lambda value: "" if pd.isna(value) else f"{value:,.{digits}f}".replace("inf", "∞"))
-
-
-def equal(rows: pd.DataFrame, method: str) -> pd.Series:
-    rows = rows[rows["method"] == method].set_index("length")
-    return rows["equal_to_autoregressive"].astype(str) + "/" + rows["samples"].astype(str)
 
 
 # --- the README's short form ----------------------------------------------------------------------------------------
 
 
-def short_report(figures: pd.DataFrame) -> str:
+def short_report(records: pd.DataFrame) -> str:
     """Two tables, prompts by run, each cell standard and SpecExtend; then what the runs are."""
-    compared = pd.concat(
-        [
-            on_shared(cell, (STANDARD, SPECEXTEND))
-            for _, rows in runs_of(figures)
-            if {STANDARD, SPECEXTEND} <= set(rows["method"])
-            for _, cell in rows.groupby(["data", "temperature"], sort=False)
-        ]
-        or [figures[:0]]
-    )
+    measured = records[records["method"].isin(PAIR)]
+    both = measured.groupby(RUN)["method"].transform("nunique") == 2
+    figures = figures_of(shared(measured[both]))
     runs = {
         f"- `{Path(run['folder']).name}`: {title_of(run)}, {samples_of(rows)} prompts per length"
-        for run, rows in runs_of(compared)
+        for run, rows in by(figures, RUN)
     }
     parts = [
         "Draft tokens accepted per round, standard → SpecExtend:",
-        arrows(compared, "avg_accept_length"),
+        arrows(figures, "avg_accept_length"),
         "Decode speed over autoregressive decoding, standard → SpecExtend:",
-        arrows(compared, "speedup_decode"),
+        arrows(figures, "speedup_decode"),
         "\n".join(sorted(runs)),
         f"{LEGEND} Every figure: [results/REPORT.md](results/REPORT.md).",
     ]
     return "\n\n".join(parts)
 
 
-def arrows(rows: pd.DataFrame, figure: str) -> str:
+def arrows(figures: pd.DataFrame, name: str) -> str:
     """A table of a figure: one line per data set and length, one column per run and temperature."""
-    columns = {}
-    for (folder, temperature), measured in rows.groupby(["folder", "temperature"], sort=True):
-        lines = {}
-        for data, group in measured.groupby("data", sort=True):
-            table = pivot(group, figure)
-            for length, standard, ours in zip(table.index, table[STANDARD], table[SPECEXTEND], strict=True):
-                lines[f"{data}, {length}"] = f"{standard:.2f} → {ours:.2f}".replace("nan", "–")
-        columns[f"{Path(folder).name}, temperature {temperature:g}"] = pd.Series(lines)
-    order = list(dict.fromkeys(line for column in columns.values() for line in column.index))
-    return markdown(pd.DataFrame(columns).reindex(order).rename_axis("prompts"))
+    cells: dict[str, dict[str, str]] = {}
+    for (folder, temperature, data), rows in figures.groupby(["folder", "temperature", "data"]):
+        for length, of in pivot(rows, name).iterrows():
+            column = f"{Path(folder).name}, temperature {temperature:g}"
+            cells.setdefault(column, {})[f"{data}, {length}"] = (
+                f"{cell(of[STANDARD]) or '–'} → {cell(of[SPECEXTEND]) or '–'}"
+            )
+    lines = dict.fromkeys(line for column in cells.values() for line in column)
+    return markdown(pd.DataFrame(cells, index=list(lines)).rename_axis("prompts"))
 
 
-def fill_readme(readme: Path, text: str) -> None:
-    """Replace what stands between the markers; exit with one line where they are missing."""
+def filled(readme: Path, text: str) -> str:
+    """The file with `text` between its markers; exit with one line where they are missing."""
     content = readme.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(END) < content.index(BEGIN):
         sys.exit(f"{readme} needs one {BEGIN} and one {END} after it; the results go between them")
     before, _, rest = content.partition(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
