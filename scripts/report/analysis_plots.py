@@ -8,12 +8,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_style import BLUE, CACHES, RIVALS, STYLES, line_of, note, shared_legend
 from matplotlib.figure import Figure
-from readings import CACHE_NAMES, analysis_parts, entropy_shares, needle_shares, title_of_records
+
+from scripts.report.analyses import CACHE_NAMES, entropy_shares, needle_shares, parts_of
+from scripts.report.records import title_of_document
+from scripts.report.style import BLUE, CACHES, RIVALS, STYLES, line_of, note, shared_legend
 
 
-def needle_figure(content: dict[str, Any]) -> Figure:
+def needle_figure(content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     """A heat map per cache: accuracy on the needle's tokens by depth and length (table 1)."""
     shares = needle_shares(content["records"], ["length", "depth"])
     lengths, depths = list(shares["length"].unique()), sorted(shares["depth"].unique())
@@ -33,8 +35,8 @@ def needle_figure(content: dict[str, Any]) -> Figure:
     panels[0].set_ylabel("depth of the fact in the context")
     figure.supxlabel("context tokens", fontsize=9)
     figure.colorbar(image, ax=panels, label="accuracy on the answer", shrink=0.9)
-    note(figure, title_of_records(content))
-    return figure
+    note(figure, title_of_document(content))
+    yield "needle", figure
 
 
 def analysis_figures(content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
@@ -46,11 +48,11 @@ def analysis_figures(content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         "sweep": sweep_figure,
         "equation1": equation_figure,
     }
-    parts = analysis_parts(content)
+    parts = parts_of(content)
     for part, make in draw.items():
         if part in parts:
             figure = make(parts[part])
-            note(figure, title_of_records(content))
+            note(figure, title_of_document(content))
             yield part, figure
 
 

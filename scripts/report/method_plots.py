@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_style import BLUE, GREY, ORANGE, RIVALS, STAGES, STYLES, line_of, note, shared_legend
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from readings import METHODS
-from shared import on_shared
+
+from scripts.report.records import SPECEXTEND, STANDARD, figures_of, shared
+from scripts.report.style import BLUE, GREY, ORANGE, RIVALS, STAGES, STYLES, line_of, note, shared_legend
+from specextend.methods import METHODS
 
 ABLATION = {
     "standard": "standard",
@@ -23,17 +25,19 @@ ABLATION = {
 OWN = "each method over all prompts it has answered, which need not be the same"
 
 
-def method_figures(rows: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of each kind that the rows of one setting, data set and temperature allow."""
+def method_figures(records: pd.DataFrame, title: str) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of each kind that the records of one setting, data set and temperature allow."""
+    rows = figures_of(records)
     methods = set(rows["method"])
     if methods & set(RIVALS):
         yield "acceptance", acceptance(rows, title)
-    if len(methods) > 2 and rows["speedup_decode"].notna().any():
-        yield "bars", speedups(rows, title)
+    timed = rows.dropna(subset="speedup_decode")
+    if len(set(timed["method"])) > 2:
+        yield "bars", speedups(timed, title)
     if "stages_s.verify" in rows and rows["stages_s.verify"].notna().any():
-        yield "stages", stages(rows, title)
+        yield "stages", stages(rows.dropna(subset="stages_s.verify"), title)
     if set(ABLATION) <= methods and rows["speedup"].notna().any():
-        yield "ablation", ablation(rows, title)
+        yield "ablation", ablation(figures_of(shared(records, tuple(ABLATION))), title)
     if (rows["max_gen_len"] > 1024).any():
         yield "output", by_output(rows, title)
 
@@ -44,10 +48,9 @@ def acceptance(rows: pd.DataFrame, title: str) -> Figure:
     lengths = list(rows["length"].unique())
     for method, style in (STYLES | RIVALS).items():
         measured = rows[rows["method"] == method]
-        if measured.empty:
-            continue
-        x = [lengths.index(length) for length in measured["length"]]
-        axes.plot(x, measured["avg_accept_length"].astype(float), **line_of(style))
+        if len(measured):
+            x = [lengths.index(length) for length in measured["length"]]
+            axes.plot(x, measured["avg_accept_length"].astype(float), **line_of(style))
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set(xlabel="prompt tokens (nominal)", ylabel="accepted draft tokens per round", ylim=(0, None))
     shared_legend(figure, [axes])
@@ -55,76 +58,76 @@ def acceptance(rows: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def speedups(rows: pd.DataFrame, title: str) -> Figure:
-    """Bars per method, a panel per length: decoding, and end to end (a thin bar in grey)."""
+def bars(
+    rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame, np.ndarray], None], across: Sequence[float],
+    down: Sequence[float],
+) -> Figure:  # fmt: skip
+    """A panel per length with bars by method.
+
+    Args:
+        draw: fills a panel from its rows, indexed by method, at the heights it is given.
+        across, down: inches of the figure: what stands around the panels, and what a panel or a bar adds.
+    """
     lengths = list(rows["length"].unique())
     present = [method for method in METHODS if method in set(rows["method"])]
-    size = (2.6 + 1.6 * len(lengths), 1.2 + 0.32 * len(present))
+    size = (across[0] + across[1] * len(lengths), down[0] + down[1] * len(present))
     figure, panels = plt.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained")
     y = np.arange(len(present))[::-1]
     for axes, length in zip(panels[0], lengths, strict=True):
-        panel = rows[rows["length"] == length].set_index("method").reindex(present)
+        draw(axes, rows[rows["length"] == length].set_index("method").reindex(present), y)
+        axes.set_title(length)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+    panels[0, 0].set_yticks(y, [METHODS[method].label for method in present])
+    shared_legend(figure, [panels[0, 0]])
+    return figure
+
+
+def speedups(rows: pd.DataFrame, title: str) -> Figure:
+    """Decoding, and end to end (a thin bar in grey)."""
+
+    def draw(axes: Axes, panel: pd.DataFrame, y: np.ndarray) -> None:
         decode, whole = (panel[name].astype(float) for name in ("speedup_decode", "speedup"))
-        colors = [BLUE if method == "specextend" else ORANGE for method in present]
+        colors = [BLUE if method == SPECEXTEND else ORANGE for method in panel.index]
         axes.barh(y + 0.16, decode, 0.46, color=colors, label="decoding (SpecExtend in blue)")
         axes.barh(y - 0.24, whole, 0.26, color=GREY, label="end to end")
         for position, value in zip(y, decode, strict=True):
             if value == value:
-                axes.annotate(
-                    f"{value:.2f}",
-                    (value, position + 0.16),
-                    (2, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=6.5,
-                )
+                where = {"xytext": (2, 0), "textcoords": "offset points", "va": "center", "fontsize": 6.5}
+                axes.annotate(f"{value:.2f}", (value, position + 0.16), **where)
         axes.axvline(1, color="black", linewidth=1, linestyle=":", label="our autoregressive loop = 1")
-        axes.set_title(length)
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
         axes.set_xlim(0, max(1.1, 1.22 * np.nanmax([*decode, *whole])))
-    panels[0, 0].set_yticks(y, [METHODS[method] for method in present])
+
+    figure = bars(rows, draw, across=(2.6, 1.6), down=(1.2, 0.32))
     figure.supxlabel("speed-up over our autoregressive loop, by prompt tokens (nominal)", fontsize=9)
-    shared_legend(figure, [panels[0, 0]])
     note(figure, f"{title}\n{OWN}")
     return figure
 
 
 def stages(rows: pd.DataFrame, title: str) -> Figure:
-    """Seconds of a generation by stage (figure 4b), a panel per length, each on its own scale."""
-    lengths = list(rows["length"].unique())
-    present = [method for method in METHODS if method in set(rows["method"])]
-    size = (3.0 + 1.8 * len(lengths), 1.4 + 0.27 * len(present))
-    figure, panels = plt.subplots(1, len(lengths), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    y = np.arange(len(present))[::-1]
-    for axes, length in zip(panels[0], lengths, strict=True):
-        panel = rows[rows["length"] == length].set_index("method").reindex(present)
-        left = np.zeros(len(present))
+    """Seconds of a generation by stage (figure 4b), each panel on its own scale."""
+
+    def draw(axes: Axes, panel: pd.DataFrame, y: np.ndarray) -> None:
+        left = np.zeros(len(y))
         for stage, (color, hatch) in STAGES.items():
-            name = f"stages_s.{stage}"
-            if name not in panel:
-                continue
-            width = panel[name].astype(float).fillna(0).to_numpy()
-            axes.barh(y, width, 0.7, left=left, color=color, hatch=hatch, edgecolor="white", linewidth=0.3, label=stage)
-            left = left + width
-        axes.set_title(length)
-        axes.grid(axis="x")
-        axes.grid(visible=False, axis="y")
-    panels[0, 0].set_yticks(y, [METHODS[method] for method in present])
-    figure.supxlabel(
-        f"seconds per generation of up to {rows['max_gen_len'].iloc[0]} tokens, by prompt tokens", fontsize=9
-    )
-    shared_legend(figure, [panels[0, 0]])
+            if f"stages_s.{stage}" in panel:
+                width = panel[f"stages_s.{stage}"].astype(float).fillna(0).to_numpy()
+                look = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3, "label": stage}
+                axes.barh(y, width, 0.7, left=left, **look)
+                left = left + width
+
+    figure = bars(rows, draw, across=(3.0, 1.8), down=(1.4, 0.27))
+    tokens = rows["max_gen_len"].iloc[0]
+    figure.supxlabel(f"seconds per generation of up to {tokens} tokens, by prompt tokens", fontsize=9)
     note(figure, title)
     return figure
 
 
 def ablation(rows: pd.DataFrame, title: str) -> Figure:
     """Each part alone on top of standard, and all (table 4): acceptance and end-to-end speed over standard."""
-    rows = on_shared(rows, ABLATION)
     lengths = list(rows["length"].unique())
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    base = rows[rows["method"] == "standard"].set_index("length")["speedup"].astype(float)
+    base = rows[rows["method"] == STANDARD].set_index("length")["speedup"].astype(float)
     shades = plt.get_cmap("cividis_r")(np.linspace(0.1, 0.95, len(lengths)))
     width = 0.8 / len(lengths)
     for index, length in enumerate(lengths):

@@ -154,7 +154,7 @@ def ablation(records: pd.DataFrame, data: str) -> str:
             )
             lines.setdefault(TABLE_4[method], {}).update(
                 {
-                    f"{length}: accepted": f"{cell(accepted[0])} / {cell(accepted[1])}",
+                    f"{length}: accepted": f"{cell(theirs['tau'])} / {cell(accepted)}",
                     f"{length}: speed": f"{cell(speed)} / {cell(row['speedup'] / base if base else None)}",
                 }
             )

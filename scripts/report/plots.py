@@ -1,10 +1,10 @@
-"""Figures from the per-length files under results/, as SVG and PNG into results/figures.
+"""Figures from the records under results/, as SVG and PNG into results/figures.
 
-    python scripts/plot_results.py
+    python -m scripts.report.plots
 
-Two figures per setting (see make_tables.py), one panel per data set and temperature: draft tokens accepted per round
-against the length, and the decoding speed-up over autoregressive decoding in bars per length. Runs of many methods,
-needles and analyses have figures of their own (`plot_methods.py`, `plot_analyses.py`).
+Two figures per setting, one panel per data set and temperature: draft tokens accepted per round against the length, and
+the decoding speed-up over autoregressive decoding in bars per length. Runs of many methods, needles and analyses have
+figures of their own (`method_plots.py`, `analysis_plots.py`).
 """
 
 from __future__ import annotations
@@ -12,57 +12,72 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from figure_style import LAYOUT, STYLES, line_of, note, save, shared_legend
-from make_tables import read_results, runs_of, title_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot_analyses import analysis_figures, needle_figure
-from plot_methods import method_figures
-from readings import read_records
-from shared import on_shared
+
+from scripts.report.analysis_plots import analysis_figures, needle_figure
+from scripts.report.method_plots import method_figures
+from scripts.report.records import (
+    PAIR,
+    RUN,
+    attempt,
+    by,
+    figures_of,
+    read_documents,
+    read_records,
+    shared,
+    title_of,
+)
+from scripts.report.style import LAYOUT, STYLES, line_of, note, save, shared_legend
 
 
 def main() -> None:
     args = parse_args()
-    figures = read_results(args.results)
-    if figures.empty:
-        sys.exit(f"no per-length files of eval_classic.py or eval_eagle.py under {args.results}")
+    records = read_records(args.results)
     plt.rcParams.update(LAYOUT)
     folder = args.output or args.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [one for one in runs_of(figures[figures["method"].isin(STYLES)]) if one[1]["length"].nunique() > 1]
-    written = []
+    figures = chain(pair_figures(records), many_figures(records), document_figures(args.results))
+    print(json.dumps({"written": [path for name, figure in figures for path in save(figure, folder / name)]}))
+
+
+def pair_figures(records: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of standard and SpecExtend, by setting."""
+    runs = [part for part in by(records[records["method"].isin(PAIR)], RUN) if part[1]["length"].nunique() > 1]
     for name, (run, rows) in zip(distinct([slug(run) for run, _ in runs]), runs, strict=True):
-        for kind, label, draw in (
-            ("accepted", "accepted draft tokens per round", draw_accepted),
-            ("speedup", "decoding speed-up over autoregressive", draw_speedup),
-        )[: 2 if rows["speedup_decode"].notna().any() else 1]:
-            figure = panels(rows, draw, title=title_of(run), label=label)
-            written += save(figure, folder / f"{kind}_{name}")
-    for run, rows in runs_of(figures):
-        for (data, temperature), measured in rows.groupby(["data", "temperature"], sort=False):
-            title = f"{data}, temperature {temperature:g}; {title_of(run)}"
-            for kind, figure in method_figures(measured, title):
-                place = f"{run['folder']}_{data}_t{temperature:g}".replace("/", "-").lstrip(".-")
-                written += save(figure, folder / f"{kind}_{place}")
-    for path, content in read_records(args.results, "needle.json"):
-        written += save(needle_figure(content), folder / f"needle{place_of(path, args.results)}")
-    for path, content in read_records(args.results, "analysis.json"):
-        for part, figure in analysis_figures(content):
-            written += save(figure, folder / f"{part}{place_of(path, args.results)}")
-    print(json.dumps({"written": written}))
+        title = title_of(run)
+        yield f"accepted_{name}", panels(rows, draw_accepted, title=title, label="accepted draft tokens per round")
+        if figures_of(rows)["speedup_decode"].notna().any():
+            label = "decoding speed-up over autoregressive"
+            yield f"speedup_{name}", panels(rows, draw_speedup, title=title, label=label)
+
+
+def many_figures(records: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    for run, of_run in by(records, RUN):
+        for first, rows in by(of_run, ["data", "temperature"]):
+            title = f"{first['data']}, temperature {first['temperature']:g}; {title_of(run)}"
+            place = f"{run['folder']}_{first['data']}_t{first['temperature']:g}".replace("/", "-").lstrip(".-")
+            yield from ((f"{kind}_{place}", figure) for kind, figure in method_figures(rows, title))
+
+
+def document_figures(results: Path) -> Iterator[tuple[str, Figure]]:
+    for name, draw in (("needle.json", needle_figure), ("analysis.json", analysis_figures)):
+        for path, content in read_documents(results, name):
+            place = "".join(f"_{part}" for part in path.parent.relative_to(results).parts)
+            for part, figure in attempt(path, lambda c=content, d=draw: list(d(c))) or []:
+                yield f"{part}{place}", figure
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the per-length files")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     parser.add_argument("--output", type=Path, help="folder for the figures (default: <results>/figures)")
     return parser.parse_args()
 
@@ -71,7 +86,7 @@ def panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], *, ti
     """One panel per data set (across) and temperature (down), all on one scale.
 
     Args:
-        rows: what was measured under one setting.
+        rows: records of one setting.
         draw: fills a panel from the rows of its data set and temperature.
         label: of the vertical axis.
     """
@@ -87,7 +102,7 @@ def panels(rows: pd.DataFrame, draw: Callable[[Axes, pd.DataFrame], None], *, ti
             if panel.empty:
                 axes.set_axis_off()
                 continue
-            draw(axes, on_shared(panel))
+            draw(axes, figures_of(shared(panel)))
     grid[0, 0].margins(y=0.1)
     grid[0, 0].set_ylim(bottom=0)  # shared; set last, once all panels are scaled
     figure.supylabel(label, fontsize=9)
@@ -127,11 +142,6 @@ def draw_speedup(axes: Axes, rows: pd.DataFrame) -> None:
             axes.annotate(f"{value:.1f}", (position, top), (0, 2.5), textcoords="offset points", **text)
     axes.axhline(1, color="black", linewidth=1, linestyle=":", label="autoregressive = 1")
     axes.set_xticks(range(len(lengths)), lengths)
-
-
-def place_of(path: Path, results: Path) -> str:
-    """The folder of a file under `results`, for the name of its figure: `_cpu`."""
-    return "".join(f"_{part}" for part in path.parent.relative_to(results).parts)
 
 
 def slug(run: pd.Series) -> str:
