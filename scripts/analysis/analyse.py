@@ -1,7 +1,7 @@
 """Why it is fast: the paper's analyses on one pair of models, into results/cpu/analysis.json.
 
-    python scripts/analyse.py --data_dir data/govreport                 # all parts
-    python scripts/analyse.py --data_dir data/govreport --only sweep    # one of them
+    python -m scripts.analysis.analyse --data_dir data/govreport                 # all parts
+    python -m scripts.analysis.analyse --data_dir data/govreport --only sweep    # one of them
 
 - divergence: how far the draft's next-token distribution is from the target's, by position and cache (figure 3).
 - entropy: which output tokens were accepted drafts, and how unsure the target was of each (easy and hard tokens).
@@ -10,15 +10,13 @@
 - refresh: what a retrieval and a refresh of the draft's cache cost beside the passes of a round (table 7).
 - equation1: the speed-up that equation 1 predicts from single passes, beside the measured one.
 
-Latency by stage and the ablation come from the records of the evaluations. Written through: the same command goes on
-after a stop.
+Latency by stage and the ablation come from the records of the evaluations. The same command goes on after a stop.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,26 +28,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
-from probe import Probe
-from readings import CACHES
-from records import Records, model_setting
-
+from scripts.analysis.probe import Probe, drafter_of, target_of
+from scripts.analysis.rounds import (
+    SeenRound,
+    Watcher,
+    chosen_chunks,
+    mean_depth,
+    middle_tree,
+    predicted_speedup,
+    token_entropies,
+)
+from scripts.analysis.store import (
+    Store,
+    add_study_flags,
+    model_setting,
+    positive,
+    require_positions,
+    source_name,
+)
+from scripts.bench.timing import median_ms
+from scripts.report.analyses import CACHES
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.cli.commands import load_pair
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import cut_to_fit, find_buckets, parse_length, read_prompts
-from specextend.decoding.sampling import greedy
+from specextend.drafting.retrieval import CrossModelRetrieval
 from specextend.engine import default_tree
 from specextend.errors import ConfigError
 from specextend.methods import METHODS
-from specextend.trees.acceptance import accept
 from specextend.trees.tree import DraftTree
 
 READ = 64  # tokens of the text that a divergence is averaged over
-REPEATS = 20
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 CHUNKS = (1, 4, 8, 16, 32, 64, 128)
 PERIODS = (1, 2, 4, 8, 16, 32)
@@ -60,10 +70,12 @@ def main() -> None:
     models = load_pair(args)
     config = METHODS["specextend"].config(default_tree(models), models.preset.retrieval)
     engine = SpecExtend(models, config)
-    setting = model_setting(engine) | {"data": args.data_dir.resolve().name if args.data_dir else "builtin"}
+    require_positions(engine, args.lengths, max(READ, args.max_gen_len))
+    require_positions(engine, args.lengths[-1:], 2 * args.max_gen_len)
+    setting = model_setting(engine) | {"data": source_name(args.data_dir)}
     setting |= {"tree": f"{config.tree.nodes} nodes, depth {config.tree.max_depth}", "new_tokens": args.max_gen_len}
-    records = Records(args.output_file, setting, fresh=args.fresh)
-    study = Study(engine, records, Texts(engine, args.data_dir), args.lengths, args.samples, args.max_gen_len)
+    store = Store(args.output_file, setting, fresh=args.fresh)
+    study = Study(engine, store, Texts(engine, args.data_dir), args.lengths, args.samples, args.max_gen_len)
     seconds = {}
     for part in args.only or PARTS:
         start = time.perf_counter()
@@ -71,22 +83,14 @@ def main() -> None:
             PARTS[part](study)
         seconds[part] = round(time.perf_counter() - start, 1)
         print(f"{part}: {seconds[part]} s", file=sys.stderr)
-    print(json.dumps({"output": str(args.output_file), "records": len(list(records)), "seconds": seconds}))
+    print(json.dumps({"output": str(args.output_file), "records": len(list(store)), "seconds": seconds}))
 
 
 def parse_args() -> argparse.Namespace:
-    parser = flags.parser(
-        "The paper's analyses: divergence, easy and hard tokens, chunks, sweeps, latencies, equation 1."
-    )
-    flags.add_model_flags(parser)
-    parser.add_argument("--data_dir", type=Path, help="folder of <name>_<length>.jsonl files; else the built-in text")
+    parser = flags.parser("The paper's analyses: divergence, easy and hard tokens, chunks, sweeps, latencies, eq. 1.")
+    add_study_flags(parser, lengths=["1K", "2K", "4K", "8K"], samples=2, output="results/cpu/analysis.json")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts; all without it")
-    parser.add_argument("--lengths", nargs="+", default=["1K", "2K", "4K", "8K"], help="of the prompts")
-    parser.add_argument("--samples", "-n", type=int, default=2, help="prompts per length")
-    parser.add_argument("--max_gen_len", "-max", type=int, default=128, help="new tokens per generation")
-    parser.add_argument("--output_file", type=Path, default=Path("results/cpu/analysis.json"))
-    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.set_defaults(use_specextend=True)
+    parser.add_argument("--max_gen_len", "-max", type=positive, default=128, help="new tokens per generation")
     return parser.parse_args()
 
 
@@ -131,7 +135,7 @@ class Study:
     """
 
     engine: SpecExtend
-    records: Records
+    store: Store
     texts: Texts
     lengths: list[str]
     samples: int
@@ -141,61 +145,36 @@ class Study:
         config = self.engine.config
         return self.engine.with_config(METHODS[method].config(config.tree, config.retrieval))
 
-    def prompts(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def cells(self) -> Iterator[dict[str, Any]]:
         for length in self.lengths:
-            for sample in range(self.samples):
-                yield {"length": length, "sample": sample}, self.texts.prompt(length, sample)
+            yield from ({"length": length, "sample": sample} for sample in range(self.samples))
+
+    def measure_prompts(self, part: str, methods: tuple[str, ...], measure: Callable[..., dict[str, Any]]) -> None:
+        """`measure(engine, prompt, new tokens)` of every prompt under every method."""
+        for method in methods:
+            for key in self.cells():
+                measured = partial(measure, self.named(method), self.texts.prompt(**key), self.new_tokens)
+                self.store.measure({"part": part, "method": method} | key, measured)
 
 
-# --- the decode loop, watched ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """A round of decoding: positions are those of a refresh before it, None without one."""
-
-    context: int
-    tree: DraftTree
-    logits: Tensor
-    path: Tensor
-    positions: Tensor | None
-
-
-def watch(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> Iterator[Step]:
-    """The greedy loop, with all that it sees."""
-    target, drafter, retriever = engine._target, engine._drafter, engine._retriever
-    extra_slots = new_tokens + 2 * (engine.config.tree.nodes + 1)
-    first = target.prefill(prompt, extra_slots)[-1].argmax()
-    drafter.prefill(prompt, first, extra_slots)
-    made = rounds = 0
-    while made < new_tokens:
-        positions = None
-        if retriever.is_due(rounds, drafter.context):
-            positions = retriever.select(target.attention_row, drafter.context)
-            drafter.refresh(positions)
-        tree = drafter.propose()
-        logits = target.verify(tree)
-        accepted = accept(tree, greedy(logits, 0, tree.depth))
-        yield Step(target.cache.length, tree, logits, accepted.path, positions)
-        target.commit(accepted.path)
-        drafter.commit(accepted)
-        made, rounds = made + len(accepted.path), rounds + 1
-
-
-# --- the parts ------------------------------------------------------------------------------------------------------
+def watched(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> list[SeenRound]:
+    watcher = Watcher()
+    engine.generate(prompt, new_tokens, observer=watcher)
+    return watcher.rounds
 
 
 def divergence(study: Study) -> None:
     """KL divergence from the target, overlap of the distributions and equal argmax, over `READ` tokens."""
     probe = Probe(study.engine)
-    for length in study.lengths:
-        for sample in range(study.samples):
-            key = {"part": "divergence", "length": length, "sample": sample}
-            study.records.measure(key, partial(_divergence, probe, study.texts.running(length, sample)))
+    for key in study.cells():
+        text = study.texts.running(**key)
+        study.store.measure(
+            {"part": "divergence"} | key, lambda text=text: compare(probe.logits(text[:-READ], text[-READ:]))
+        )
 
 
-def _divergence(probe: Probe, text: Tensor) -> dict[str, Any]:
-    logits = probe.logits(text[:-READ], text[-READ:])
+def compare(logits: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """How far each cache's logits [T, V] are from the target's, on average over T."""
     target = logits["target"].float().log_softmax(-1)
     found = {}
     for cache in CACHES[:-1]:
@@ -209,39 +188,16 @@ def _divergence(probe: Probe, text: Tensor) -> dict[str, Any]:
 
 
 def entropy(study: Study) -> None:
-    """Of every token of the output: the target's entropy in nats, and whether a draft had it right."""
-    for method in ("standard", "fa_hta_streaming", "specextend"):
-        for key, prompt in study.prompts():
-            key = {"part": "entropy", "method": method} | key
-            study.records.measure(key, partial(_entropy, study.named(method), prompt, study.new_tokens))
-
-
-def _entropy(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> dict[str, list]:
-    entropies, drafted = [], []
-    for step in watch(engine, prompt, new_tokens):
-        logs = step.logits[step.path].float().log_softmax(-1)
-        entropies += [round(-value, 4) for value in (logs.exp() * logs).sum(-1).tolist()]
-        drafted += [1] * (len(step.path) - 1) + [0]
-    return {"entropy": entropies, "accepted": drafted}
+    methods = ("standard", "fa_hta_streaming", "specextend")
+    study.measure_prompts("entropy", methods, lambda *prompt: token_entropies(watched(*prompt)))
 
 
 def chunks(study: Study) -> None:
     """Chunk indices of each refresh, on the first prompt of the longest length; twice the new tokens."""
-    length = study.lengths[-1]
-    prompt = study.texts.prompt(length, 0)
-
-    def measure() -> dict[str, Any]:
-        size = study.engine.config.retrieval.chunk_size
-        steps = enumerate(watch(study.engine, prompt, 2 * study.new_tokens))
-        refreshes = [(index, step) for index, step in steps if step.positions is not None]
-        return {
-            "chunk_size": size,
-            "round": [index for index, _ in refreshes],
-            "context": [step.context for _, step in refreshes],
-            "chosen": [torch.unique(step.positions // size).tolist() for _, step in refreshes],
-        }
-
-    study.records.measure({"part": "chunks", "length": length, "sample": 0}, measure)
+    key = {"length": study.lengths[-1], "sample": 0}
+    size = study.engine.config.retrieval.chunk_size
+    run = partial(watched, study.engine, study.texts.prompt(**key), 2 * study.new_tokens)
+    study.store.measure({"part": "chunks"} | key, lambda: chosen_chunks(run(), size))
 
 
 def sweep(study: Study) -> None:
@@ -257,11 +213,11 @@ def sweep(study: Study) -> None:
         engine = study.engine.with_config(replace(study.engine.config, retrieval=replace(default, **changes)))
         for sample in range(study.samples):
             key = {"part": "sweep", "parameter": parameter, "value": value, "length": length, "sample": sample}
-            study.records.measure(key, lambda engine=engine, sample=sample: _swept(study, engine, length, sample))
+            study.store.measure(key, partial(_swept, engine, study.texts.prompt(length, sample), study.new_tokens))
 
 
-def _swept(study: Study, engine: SpecExtend, length: str, sample: int) -> dict[str, float]:
-    result = engine.generate(study.texts.prompt(length, sample), study.new_tokens)
+def _swept(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> dict[str, float]:
+    result = engine.generate(prompt, new_tokens)
     return {
         "accepted_per_round": result.accepted_per_round,
         "decode_tokens_per_s": result.decode_tokens_per_s,
@@ -272,95 +228,67 @@ def _swept(study: Study, engine: SpecExtend, length: str, sample: int) -> dict[s
 def refresh(study: Study) -> None:
     """Milliseconds of a round's passes and of a retrieval, by prompt length."""
     for length in study.lengths:
-        study.records.measure({"part": "refresh", "length": length}, partial(_passes_ms, study, length))
+        passes = partial(_passes_ms, study.engine, study.texts.prompt(length, 0))
+        study.store.measure({"part": "refresh", "length": length}, passes)
 
 
-def _passes_ms(study: Study, length: str) -> dict[str, float]:
-    engine = study.engine
-    *_, step = watch(engine, study.texts.prompt(length, 0), study.new_tokens)
-    target, drafter, retriever = engine._target, engine._drafter, engine._retriever
+def _passes_ms(engine: SpecExtend, prompt: Tensor, tree: DraftTree | None = None) -> dict[str, float]:
+    """Single eager passes behind `prompt`, of `tree`, or of the one that the draft proposes there."""
+    models, device = engine.models, engine.models.device
+    target, drafter = target_of(models, engine.config), drafter_of(models, engine.config)
+    retriever, slots = CrossModelRetrieval(engine.config.retrieval), 2 * (engine.config.tree.nodes + 1)
+    first = target.prefill(prompt, slots)[-1].argmax()
+    drafter.prefill(prompt, first, slots)
     positions = retriever.select(target.attention_row, drafter.context)
-    row = step.tree.tokens[:1].repeat(_level_width(step.tree))
+    if engine.config.draft_cache != "full":
+        drafter.refresh(positions)
+    proposed = drafter.propose()  # reads the root
+    tree = tree or proposed
+    row = tree.tokens[:1].repeat(max(1, (len(tree) - 1) // max(1, int(tree.depth.max()))))  # a level, on average
 
     def draft_pass() -> None:
         with drafter.cache.provisional():
             drafter.score(row)
 
-    return {
-        "autoregressive_step": median_ms(lambda: target.verify(DraftTree.root(row[0]))),
-        "target_forward": median_ms(lambda: target.verify(step.tree)),
-        "draft_forward": median_ms(draft_pass),
-        "retrieval": median_ms(lambda: retriever.select(target.attention_row, drafter.context)),
-        "retrieval_cache_update": median_ms(lambda: drafter.refresh(positions)),
+    steps = {
+        "autoregressive_step": lambda: target.verify(DraftTree.root(row[0])),
+        "target_forward": lambda: target.verify(tree),
+        "draft_forward": draft_pass,
+        "retrieval": lambda: retriever.select(target.attention_row, drafter.context),
     }
-
-
-def _level_width(tree: DraftTree) -> int:
-    """Nodes of a level, on average, the root's left out."""
-    return max(1, (len(tree) - 1) // max(1, int(tree.depth.max())))
+    if engine.config.draft_cache != "full":
+        steps["retrieval_cache_update"] = lambda: drafter.refresh(positions)
+    return {name: round(median_ms(step, device, warm_up=1), 4) for name, step in steps.items()}
 
 
 def equation1(study: Study) -> None:
     """Speed-up over autoregressive decoding: predicted from tau, d and single passes, and measured."""
-    for method in ("standard", "specextend"):
-        for key, prompt in study.prompts():
-            key = {"part": "equation1", "method": method} | key
-            study.records.measure(key, partial(_equation1, study.named(method), prompt, study.new_tokens))
+    study.measure_prompts("equation1", ("standard", "specextend"), _equation1)
 
 
 def _equation1(engine: SpecExtend, prompt: Tensor, new_tokens: int) -> dict[str, float]:
-    """Equation 1: time per token / T_target = (1 / tau) * (d * T_draft / T_target + T_verify / T_target).
-
-    Here tau includes the bonus token (tokens per round), and d is the mean depth of the trees.
-    """
-    turns = [engine.generate, engine.autoregressive]
-    result, baseline = (generate(prompt, new_tokens) for generate in turns)
-    steps = list(watch(engine, prompt, new_tokens))
-    target, drafter = engine._target, engine._drafter
-    middle = sorted(steps, key=lambda step: len(step.tree))[len(steps) // 2].tree
-    row = middle.tokens[:1].repeat(_level_width(middle))
-
-    def draft_pass() -> None:
-        with drafter.cache.provisional():
-            drafter.score(row)
-
-    t_draft, t_verify = median_ms(draft_pass), median_ms(lambda: target.verify(middle))
-    t_target = median_ms(lambda: engine._baseline.verify(DraftTree.root(row[0])))
-    passes = statistics.fmean(max(1, int(step.tree.depth.max())) for step in steps)
-    tau = result.tokens_per_round
+    result, baseline = (generate(prompt, new_tokens) for generate in (engine.generate, engine.autoregressive))
+    rounds = watched(engine, prompt, new_tokens)
+    own = _passes_ms(engine, prompt, middle_tree(rounds))
+    flash = engine.with_config(replace(engine.config, flash_prefill=True, hybrid_tree_attention=True))
+    times = {"draft_forward_ms": own["draft_forward"], "verify_ms": own["target_forward"]}
+    times["target_forward_ms"] = _passes_ms(flash, prompt)["autoregressive_step"]  # the baseline's
+    passes = mean_depth(rounds)
     return {
-        "tokens_per_round": tau,
+        "tokens_per_round": result.tokens_per_round,
         "draft_passes_per_round": passes,
-        "draft_forward_ms": t_draft,
-        "verify_ms": t_verify,
-        "target_forward_ms": t_target,
-        "predicted": tau * t_target / (passes * t_draft + t_verify),
+        **times,
+        "predicted": predicted_speedup(
+            result.tokens_per_round, passes, draft_ms=times["draft_forward_ms"], verify_ms=times["verify_ms"],
+            target_ms=times["target_forward_ms"],
+        ),
         "measured": result.decode_tokens_per_s / baseline.decode_tokens_per_s,
-    }
-
-
-def median_ms(run: Callable[[], object]) -> float:
-    """Median of `REPEATS` calls after one that is not counted; waits for a GPU."""
-    cuda = torch.cuda.is_available()
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return round(statistics.median(times[1:]), 4)
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Study], None]] = {
-    "divergence": divergence,
-    "entropy": entropy,
-    "chunks": chunks,
-    "sweep": sweep,
-    "refresh": refresh,
-    "equation1": equation1,
+    one.__name__: one for one in (divergence, entropy, chunks, sweep, refresh, equation1)
 }
-
 
 if __name__ == "__main__":
     flags.run(main)

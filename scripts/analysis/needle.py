@@ -1,6 +1,6 @@
 """Needle retrieval (the paper's table 1): does the draft know a fact that stands far back in the input?
 
-    python scripts/eval_needle.py --data_dir data/govreport
+    python -m scripts.analysis.needle --data_dir data/govreport
 
 A fact is stated at some depth of a long text and asked for at its end. The draft predicts the answer's tokens, each
 given the right ones before it, with all of the context in its cache, with StreamingLLM's sink and window, and with the
@@ -25,13 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
-from probe import Probe
-from readings import needle_shares
-from records import Records, model_setting
-from training.facts import Fact, make_facts
-
+from scripts.analysis.probe import Probe
+from scripts.analysis.store import Store, add_study_flags, model_setting, require_positions, source_name
+from scripts.report.analyses import needle_shares
+from scripts.train.facts import Fact, make_facts
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.cli.commands import load_pair
@@ -49,14 +46,15 @@ def main() -> None:
     models = load_pair(args)
     tree, retrieval = default_tree(models), models.preset.retrieval
     engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval))
+    require_positions(engine, args.lengths)
     setting = model_setting(engine) | {"data": source_name(args.data_dir), "facts_seed": SEED}
     probe = Probe(engine)
-    records = Records(args.output_file, setting | probe.setting, fresh=args.fresh)
+    records = Store(args.output_file, setting | probe.setting, fresh=args.fresh)
     facts = make_facts(args.samples, models.tokenizer.backend_tokenizer, SEED)
     texts = long_texts(engine, args.data_dir, max(map(parse_length, args.lengths)), args.samples)
     for (sample, text), length, depth in itertools.product(enumerate(texts), args.lengths, DEPTHS):
         key = {"length": length, "depth": depth, "sample": sample}
-        needle = plant(facts[sample], text, min(parse_length(length), engine.limit), depth)
+        needle = plant(facts[sample], text, parse_length(length), depth)
         records.measure(key, partial(measure, probe, needle))
         print(f"{length}, depth {depth:g}, sample {sample + 1} of {args.samples}", file=sys.stderr)
     print(json.dumps({"output": str(args.output_file)} | accuracies(records)))
@@ -64,13 +62,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = flags.parser(__doc__.splitlines()[0])
-    flags.add_model_flags(parser)
-    parser.add_argument("--data_dir", type=Path, help="folder of <name>_<length>.jsonl files; else the built-in text")
-    parser.add_argument("--lengths", nargs="+", default=["2K", "4K", "8K", "16K"], help="of the context, in tokens")
-    parser.add_argument("--samples", "-n", type=int, default=4, help="facts per length and depth, each in its own text")
-    parser.add_argument("--output_file", type=Path, default=Path("results/cpu/needle.json"))
-    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    parser.set_defaults(use_specextend=True)
+    add_study_flags(parser, lengths=["2K", "4K", "8K", "16K"], samples=4, output="results/cpu/needle.json")
     return parser.parse_args()
 
 
@@ -128,10 +120,6 @@ def accuracies(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]
     """Share right of the answer tokens that cannot be guessed without the fact, by cache and length."""
     shares = needle_shares(records, ["length"]).pivot(index="cache", columns="length", values="accuracy")
     return shares.round(3).to_dict(orient="index")
-
-
-def source_name(data_dir: Path | None) -> str:
-    return data_dir.resolve().name if data_dir else "builtin"
 
 
 if __name__ == "__main__":

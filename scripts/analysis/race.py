@@ -1,26 +1,22 @@
 """Record the race that opens the README: results/cpu/race.json, and from it the animation results/figures/race.svg.
 
-python scripts/record_race.py              # races on a quiet machine, keeps the median one, draws it
-python scripts/record_race.py --draw_only  # the figure again, from the record
+python -m scripts.analysis.race              # races on a quiet machine, keeps the median one, draws it
+python -m scripts.analysis.race --draw_only  # the figure again, from the record
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
-from race_svg import race_svg
-from records import model_setting
-
+from scripts.analysis.store import model_setting, positive
+from scripts.report.race_svg import race_svg
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.cli.commands import load_pair
-from specextend.errors import ConfigError, InputError
+from specextend.errors import InputError
 from specextend.evaluation.environment import environment
 from specextend.race.documents import read_prompt
 from specextend.race.record import Race, Racetrack
@@ -46,16 +42,13 @@ def parse_args() -> argparse.Namespace:
     flags.add_model_flags(parser)
     parser.add_argument("--input_len", type=int, default=4096, help="prompt tokens")
     parser.add_argument("--max_gen_len", "-max", type=int, default=128, help="new tokens")
-    parser.add_argument("--races", "-r", type=int, default=5, help="the one with the median time is kept")
+    parser.add_argument("--races", "-r", type=positive, default=5, help="the one with the median time is kept")
     parser.add_argument("--hold", type=float, default=4.0, help="seconds that the end is shown before it starts again")
     parser.add_argument("--output_file", type=Path, default=Path("results/cpu/race.json"))
     parser.add_argument("--figure", type=Path, default=Path("results/figures/race.svg"))
     parser.add_argument("--draw_only", action="store_true", help="do not race; draw the record that is there")
     parser.set_defaults(use_specextend=True)
-    args = parser.parse_args()
-    if args.races < 1:
-        raise ConfigError(f"races is {args.races}; at least 1 must be run")
-    return args
+    return parser.parse_args()
 
 
 def record(args: argparse.Namespace) -> None:

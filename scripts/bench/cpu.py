@@ -1,6 +1,6 @@
 """What makes a round fast on a CPU, each measured beside what it replaces: results/cpu/layers.json.
 
-    python scripts/bench_cpu.py
+    python -m scripts.bench.cpu
 
 - Linear layers of the bundled target, by rows: PyTorch's product over plain weights against packed weights.
 - Attention of a draft tree over a cached prefix, by tokens: prefix and tree apart, merged by log-sum-exp, against one
@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
+from scripts.analysis.probe import target_of
+from scripts.bench.timing import elapsed_ms
 from specextend import SpecExtend
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
@@ -106,7 +105,7 @@ def tree_attention() -> dict[str, dict]:
 def verification(engine: SpecExtend) -> dict[str, dict]:
     """The whole target on a chain of so many tokens behind so many; 1 is a step of autoregressive decoding."""
     figures = {}
-    target, ids = engine._target, engine.encode("word " * max(PREFIXES))
+    target, ids = target_of(engine.models, engine.config), engine.encode("word " * max(PREFIXES))
     for prefix in PREFIXES:
         target.prefill(ids[:prefix], max(ROWS))
         trees = {f"{rows} tokens": DraftTree.from_parents(ids[:rows], torch.arange(rows) - 1) for rows in ROWS}
@@ -123,9 +122,7 @@ def side_by_side(**runs: Callable[[], object]) -> dict[str, dict[str, float]]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(REPEATS):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(elapsed_ms(run, torch.device("cpu")))
     return {
         name: {
             "median": round(statistics.median(measured), 3),

@@ -1,21 +1,16 @@
 """What a target and its draft need on each of the devices that share the target: the table of docs/scale.md.
 
-python scripts/size_model.py                                # Llama-3.1-70B at 128K on 1, 2, 4 and 8 devices
-python scripts/size_model.py --tokens 32768 --ranks 2 4
+python -m scripts.bench.model_size                                # Llama-3.1-70B at 128K on 1, 2, 4 and 8 devices
+python -m scripts.bench.model_size --tokens 32768 --ranks 2 4
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import pandas as pd
-from beside_paper import markdown
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
+from scripts.analysis.store import positive
+from scripts.report.markdown import lines_of
+from specextend.cli import flags
 from specextend.config import RetrievalConfig, TreeConfig
 from specextend.models.widen import Shape
 
@@ -95,16 +90,16 @@ def table(tokens: int, ranks: list[int]) -> str:
             "sum": f"{one.total / GB:.1f}",
             "bytes of a verification, ms": f"{one.verify_floor_ms:.1f}",
         }
-    return markdown(pd.DataFrame.from_dict(rows, orient="index").rename_axis("devices"))
+    return lines_of(rows, "devices")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1 << 17, help="of the context, new ones included")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser = flags.parser("What Llama-3.1-70B and a 1B draft need on each of several devices.")
+    parser.add_argument("--tokens", type=positive, default=1 << 17, help="of the context, new ones included")
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2, 4, 8])
     args = parser.parse_args()
     print(table(args.tokens, args.ranks))
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -1,7 +1,7 @@
 """Verification and one token of a target on one GPU and shared by several: results/h200x2/parallel.json.
 
-    torchrun --nproc_per_node 2 scripts/bench_parallel.py --output results/h200x2/parallel.json
-    torchrun --nproc_per_node 2 scripts/bench_parallel.py --smoke --output /tmp/parallel.json     # CPUs, gloo
+    torchrun --nproc_per_node 2 -m scripts.bench.parallel --output results/h200x2/parallel.json
+    torchrun --nproc_per_node 2 -m scripts.bench.parallel --smoke --output /tmp/parallel.json     # CPUs, gloo
 
 Random weights of a shape, made on every device; behind them a cache of random keys and values. Rank 0 measures the
 whole model first (`fused.FusedTarget`, what one GPU runs), then all ranks their shares (`sharded.ShardedFusedTarget`),
@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
+from scripts.bench.timing import median_ms
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.kernels.elementwise import Norm
@@ -75,7 +72,7 @@ def main() -> None:
     ranks = tensor_parallel.join("cpu" if args.smoke else "cuda")
     effort = Effort(20, 4, 0, 1) if args.smoke else Effort(tokens=args.tokens)
     record = {
-        "command": ["torchrun --nproc_per_node", str(ranks.count), "scripts/bench_parallel.py", *sys.argv[1:]],
+        "command": ["torchrun --nproc_per_node", str(ranks.count), "-m scripts.bench.parallel", *sys.argv[1:]],
         "environment": environment(), "ranks": ranks.count, "dtype": args.dtype, "effort": asdict(effort),
         "weights": "random, made on the device; no checkpoint was loaded", "shapes": {},
     }  # fmt: skip
@@ -208,25 +205,14 @@ class Bench:
 
     def _median_ms(self, step: Callable[[], object], together: bool) -> float:
         """Median of a step; of steps that all ranks begin together, the slowest rank's."""
-        times = []
-        for repeat in range(self._effort.warm_up + self._effort.repeats):
+
+        def begin() -> None:
             if together:
                 dist.barrier()
             self._synchronize()
-            began = time.perf_counter()
-            if self._device.type == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                step()
-                end.record()
-                end.synchronize()
-                took = start.elapsed_time(end)
-            else:
-                step()
-                took = 1e3 * (time.perf_counter() - began)
-            if repeat >= self._effort.warm_up:
-                times.append(took)
-        median = torch.tensor(statistics.median(times), device=self._device)
+
+        counts = {"repeats": self._effort.repeats, "warm_up": self._effort.warm_up}
+        median = torch.tensor(median_ms(step, self._device, before=begin, **counts), device=self._device)
         if together:
             dist.all_reduce(median, op=dist.ReduceOp.MAX)
         return float(median)

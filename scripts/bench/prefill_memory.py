@@ -1,6 +1,6 @@
 """Peak memory of a prefill, against the bytes that must be there: weights, caches, one block of activations.
 
-    python scripts/measure_prefill_memory.py --use_specextend --input_len 16000
+    python -m scripts.bench.prefill_memory --use_specextend --input_len 16000
 
 The prompt is the built-in text. On a CPU the peak is what the process's resident memory grew by since before the
 models were loaded (Linux: VmHWM); on a GPU it is PyTorch's peak. The last line printed is the record.
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
+from scripts.bench.model_size import working_tokens
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.config import prefill_block
@@ -81,10 +79,9 @@ def count_bytes(engine: SpecExtend, prompt_tokens: int) -> dict[str, int]:
     models, config = engine.models, engine.config
     size = models.dtype.itemsize
     slots = NEW_TOKENS + config.tree.nodes + 1
-    working = config.retrieval.top_k * config.retrieval.chunk_size
-    working += (config.retrieval.every_n_steps + 1) * (config.tree.max_depth + 1)
-    retained = prompt_tokens + slots if config.draft_cache == "full" else working
     tree_slots = config.tree.nodes * config.tree.max_depth
+    working = working_tokens(config.tree, config.retrieval) - tree_slots
+    retained = prompt_tokens + slots if config.draft_cache == "full" else working
     block = prefill_block(config, engine.models.device) or prompt_tokens
     target = models.target.config
     hidden, ffn = target.hidden_size, target.intermediate_size

@@ -1,7 +1,7 @@
 """Evaluation throughput by number of Ray workers, in samples per hour: results/cpu/ray.json, or where --output says.
 
-    python scripts/bench_ray.py                                                     # CPU, a core per worker
-    python scripts/bench_ray.py --shape vicuna_7b --output results/h200x2/ray.json  # a GPU per worker
+    python -m scripts.bench.ray                                                     # CPU, a core per worker
+    python -m scripts.bench.ray --shape vicuna_7b --output results/h200x2/ray.json  # a GPU per worker
 
 A sample is one generation by SpecExtend and one autoregressively, as the eval scripts take them. The models are loaded
 and every worker is warm before the clock starts; the same samples are measured by each number of workers, several
@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
-
 from specextend import SpecExtend
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import Prompt
@@ -41,7 +39,7 @@ CHARACTERS_PER_TOKEN = 3.5  # of the built-in text, about
 def main() -> None:
     args = parse_args()
     record = {
-        "command": ["scripts/bench_ray.py", *sys.argv[1:]], "load_before": os.getloadavg()[0], "passes": args.passes,
+        "command": ["scripts.bench.ray", *sys.argv[1:]], "load_before": os.getloadavg()[0], "passes": args.passes,
         "workers": {},
     }  # fmt: skip
     for count in args.workers:

@@ -1,7 +1,7 @@
 """What the server costs beside the library, and whether it holds its memory under a thousand requests.
 
-    python scripts/bench_server.py              # results/cpu/server_overhead.json
-    python scripts/bench_server.py --soak 1000  # results/cpu/server_soak.json
+    python -m scripts.bench.server              # results/cpu/server_overhead.json
+    python -m scripts.bench.server --soak 1000  # results/cpu/server_soak.json
 
 Overhead: the same greedy requests to a server process and to the library in this one, in turns; the difference of the
 two wall times per generated token, the client's own work included. Soak: four clients send short and longer prompts,
@@ -31,8 +31,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from specextend import SamplingConfig, SpecExtend
 from specextend.data.builtin import builtin_text
