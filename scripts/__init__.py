@@ -1,1 +1,1 @@
-"""What writes the project's data, measurements, tables and figures; run from the checkout: `python -m scripts.report.tables`."""
+"""What writes data, measurements, tables and figures; from the checkout: `python -m scripts.report.tables`."""

@@ -71,14 +71,12 @@ def _journal(path: Path, results: Path) -> list[dict[str, Any]]:
     setting = _setting(json.loads(lines[0]))
     setting |= {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
     records = [SampleRecord.from_json(json.loads(line)) for line in lines[1:]]
-    shared_by: dict[str, set[int]] = {}
-    for one in records:
-        shared_by.setdefault(one.bucket, set()).add(one.worker.workers_on_host if one.worker else 1)
+    whole = aggregate(records)  # fails on numbers that are none, too
     return [
         setting
         | {
             # part of the hardware: workers side by side are slower than one alone, and no table mixes the two
-            "hardware": setting["hardware"] + _workers(sorted(shared_by[one.bucket])),
+            "hardware": setting["hardware"] + _workers(whole[one.bucket]["workers_on_host"]),
             "length": one.bucket,
             "sample": one.sample,
             "run": one.run,
