@@ -148,10 +148,7 @@ def ablation(records: pd.DataFrame, data: str) -> str:
         theirs, standard = printed.get((TABLE_4[method], length)), printed.get(("Standard", length))
         base = ours["speedup"].get(("standard", length))
         if theirs:
-            accepted, speed = (
-                (theirs["tau"], row["avg_accept_length"]),
-                theirs["tokens_per_s"] / standard["tokens_per_s"],
-            )
+            accepted, speed = row["avg_accept_length"], theirs["tokens_per_s"] / standard["tokens_per_s"]
             lines.setdefault(TABLE_4[method], {}).update(
                 {
                     f"{length}: accepted": f"{cell(theirs['tau'])} / {cell(accepted)}",

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-from beside_paper import tables_of
+from made_records import record, timing
+
+from scripts.report.paper import tables_beside
+from scripts.report.records import RUN
+from specextend.evaluation.records import SampleRecord
 
 
 def measured(data: str, temperature: float, model: str, draft: str, lengths: list[str], methods: str) -> pd.DataFrame:
-    """Rows as `make_tables.read_results` gives them; method i accepts 1 + i drafts, and is 1 + i times as fast."""
-    setting = {"data": data, "temperature": temperature, "model": model, "draft": draft, "samples": 4}
+    """Records as the reader gives them; method i accepts 1 + i drafts, and is 1 + i times as fast."""
+    setting = {"data": data, "temperature": temperature, "model": model, "draft": draft}
+    fixed = dict.fromkeys(RUN, "") | setting | {"sample": 0, "run": 0, "prompt": "a"}
     return pd.DataFrame(
         [
-            {**setting, "method": method, "length": length, "avg_accept_length": 1.0 + i, "speedup": 1.0 + i}
+            {**fixed, "method": method, "length": length, "record": made(length, 1 + i)}
             for i, method in enumerate(methods.split())
             for length in lengths
         ]
     )
+
+
+def made(length: str, gain: int) -> SampleRecord:
+    times = {"method": timing(100, 0.0, 1.0 / gain), "autoregressive": timing(100, 0.0, 1.0)}
+    return record(length, accepted=[gain] * 5, **times)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +43,14 @@ def measured(data: str, temperature: float, model: str, draft: str, lengths: lis
     ],
 )  # fmt: skip
 def test_standard_and_specextend_stand_beside_the_papers_rows(setting, beside, row):
-    (table,) = tables_of(measured(*setting, methods="standard specextend"))
+    (table,) = tables_beside(measured(*setting, methods="standard specextend"))
     assert beside in table and f"\n{row}" in table
     assert "512" not in table  # the paper has no such length
 
 
 def test_rivals_and_ablation_stand_beside_tables_3_and_4():
     methods = "autoregressive_hf standard fa hta streaming cmr specextend triforce magicdec"
-    _, table3, table4 = tables_of(measured("govreport", 0.0, "bundled", "bundled/draft", ["8K"], methods))
+    _, table3, table4 = tables_beside(measured("govreport", 0.0, "bundled", "bundled/draft", ["8K"], methods))
     # over Hugging Face's: standard is method 1, triforce 7, magicdec 8, specextend 6
     assert "| 8K | 1.18 / 8.00 | 1.13 / 9.00 | 1.08 / 2.00 | 2.29 / 7.00 |" in table3
     assert "| Standard+CMR | 2.78 / 6.00 | 1.35 / 3.00 |" in table4
@@ -49,4 +59,4 @@ def test_rivals_and_ablation_stand_beside_tables_3_and_4():
 def test_nothing_stands_beside_what_the_paper_has_not():
     for data, temperature in (("builtin", 0.0), ("govreport", 0.8)):
         rows = measured(data, temperature, "bundled", "bundled/draft", ["1K"], "standard specextend")
-        assert tables_of(rows) == []
+        assert tables_beside(rows) == []

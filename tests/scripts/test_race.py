@@ -1,4 +1,4 @@
-"""scripts/record_race.py: the README's race is recorded, and drawn from the record alone."""
+"""scripts.analysis.race: the README's race is recorded, and drawn from the record alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import sys
 
 import pytest
-import record_race
-from race_svg import race_svg
 
+from scripts.analysis import race as record_race
+from scripts.report.race_svg import race_svg
+from specextend.cli import flags as cli
 from specextend.race.record import Race
 
 
@@ -18,10 +19,10 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*flags: str):
         files = ["--output_file", str(tmp_path / "race.json"), "--figure", str(tmp_path / "race.svg")]
-        monkeypatch.setattr(sys, "argv", ["record_race.py", *files, *flags])
+        monkeypatch.setattr(sys, "argv", ["race.py", *files, *flags])
         status = 0
         try:
-            flags.run(record_race.main)
+            cli.run(record_race.main)
         except SystemExit as exit_:
             status = exit_.code
         return status, *capsys.readouterr()
@@ -44,7 +45,7 @@ def test_median_race_is_kept_and_drawn(run, tmp_path):
     assert run("--draw_only")[0] == 0 and (tmp_path / "race.svg").read_text() == drawn
 
 
-@pytest.mark.parametrize("flags, message", [("--draw_only", "does not exist"), ("-r 0", "races is 0")])
+@pytest.mark.parametrize("flags, message", [("--draw_only", "does not exist"), ("-r 0", "0 is not a whole number")])
 def test_mistake_gives_one_line_and_status_2(flags, message, run):
     status, _, error = run(*flags.split())
     assert status == 2 and message in error and error.count("\n") == 1

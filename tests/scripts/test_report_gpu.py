@@ -1,4 +1,4 @@
-"""What is said of a GPU's record follows from the record."""
+"""What is said of a GPU's record follows from the record, with the decoding rates of older ones or without."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from gpu_figures import CAPTURED, EAGER, SPECEXTEND, gains, rates, summary
+
+from scripts.report.gpu import CAPTURED, EAGER, SPECEXTEND, gains, gpu_reports, rates, summary
 
 RECORDS = sorted((Path(__file__).parents[2] / "results").glob("*/bench.json"))
 
@@ -46,3 +47,16 @@ def test_the_summary_holds_what_was_measured_and_nothing_else():
 def test_the_committed_summary_is_that_of_the_record(path):
     found = json.loads(path.with_name("summary.json").read_text())
     assert summary(json.loads(path.read_text())) == pytest.approx(found)
+
+
+def test_a_record_without_decoding_rates_says_what_a_round_costs(tmp_path):
+    (old,) = (json.loads(path.read_text()) for path in RECORDS)
+    new = {name: value for name, value in old.items() if name not in ("decode", "stages")} | {"steps": old["stages"]}
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "gpu" / "bench.json").write_text(json.dumps(new))
+    (section,) = gpu_reports(tmp_path)
+    assert "whole round" in section and "Decode tokens/s" not in section
+    assert f"| {old['stages'][0]['round_ms']:.2f} |" in section
+    assert summary(new) == {
+        name: value for name, value in summary(old).items() if "decode" not in name and name != "ar_eager_ms_16k"
+    }
