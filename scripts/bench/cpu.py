@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from scripts.analysis.probe import target_of
-from scripts.bench.timing import elapsed_ms
+from scripts.bench.timing import in_turns
 from specextend import SpecExtend
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
@@ -119,10 +119,7 @@ def side_by_side(**runs: Callable[[], object]) -> dict[str, dict[str, float]]:
     """Medians and spread of each, in milliseconds; they take turns, after one unmeasured call each."""
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(REPEATS):
-        for name, run in runs.items():
-            times[name].append(elapsed_ms(run, torch.device("cpu")))
+    times = in_turns(runs, REPEATS)
     return {
         name: {
             "median": round(statistics.median(measured), 3),

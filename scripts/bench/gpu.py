@@ -16,7 +16,6 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,8 @@ from eagle.models import RETRIEVAL
 from eagle.models import load_models as load_eagle
 from eagle.widen import widen_head
 from scripts.bench.model_size import cache_bytes, working_tokens
-from scripts.bench.timing import elapsed_ms, median_ms
+from scripts.bench.timing import captured, elapsed_ms, median_ms
+from scripts.bench.widened import widened
 from scripts.report.gpu import summary
 from specextend import RetrievalConfig, SpecExtend, SpecExtendConfig
 from specextend.config import TreeConfig
@@ -42,7 +42,7 @@ from specextend.evaluation.journal import write_json
 from specextend.kernels import tree_attention
 from specextend.methods import METHODS
 from specextend.modeling.attention import NAME
-from specextend.models.loading import LoadedModels, load_models
+from specextend.models.loading import load_models
 from specextend.models.widen import SHAPES, widen
 
 PARTS = ("bandwidth", "kernels", "steps", "prefill", "trace", "eagle", "long")
@@ -91,7 +91,7 @@ class Bench:
         self.median_ms = partial(median_ms, device=self.device)
         self.record = self._begun()
         self.small = load_models("bundled", device="cuda", dtype="float32")
-        self.models = self._widened()
+        self.models = widened(self.small, "vicuna_7b", self.dtype)
         self.engine = SpecExtend(self.models, SpecExtendConfig.specextend(tree=SLOTS))
         texts = [read_prompts(file, limit=2)[-1].text for file in args.files]
         self.text = self.engine.encode("\n".join(texts) or builtin_text())
@@ -106,16 +106,6 @@ class Bench:
             "shape": asdict(SHAPE), "dtype": self.args.dtype,
             "pair": "bundled models widened without changing what they compute; no weights of that size were loaded",
         }  # fmt: skip
-
-    def _widened(self) -> LoadedModels:
-        options = {"dtype": self.dtype, "device": self.device}
-        with torch.inference_mode():
-            target = widen(self.small.target, SHAPE, **options)
-            draft = widen(self.small.draft, DRAFT_SHAPE, seed=1, **options)
-        return replace(
-            self.small, name="bundled widened to Vicuna-7B's shape", target=target, draft=draft, dtype=self.dtype,
-            vocab_size=SHAPE.vocab,
-        )  # fmt: skip
 
     # --- parts ---
 
@@ -271,15 +261,6 @@ class Bench:
             return elapsed_ms(read, self.device) / 1e3
         finally:
             model.set_attn_implementation(NAME)
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a graph's replay."""
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 if __name__ == "__main__":

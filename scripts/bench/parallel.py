@@ -5,8 +5,8 @@
 
 Random weights of a shape, made on every device; behind them a cache of random keys and values. Rank 0 measures the
 whole model first (`fused.FusedTarget`, what one GPU runs), then all ranks their shares (`sharded.ShardedFusedTarget`),
-with sums over ranks by NCCL and by the peers' memory, met at a barrier or inside the kernel that sums. Every step is a
-captured CUDA graph; where capture fails, it runs as it is and the record says why. What is left out of 70B are layers:
+with sums over ranks by NCCL and by the peers' memory, met at a barrier or inside the kernel that sums. On a GPU every
+step is a captured CUDA graph. What is left out of 70B are layers:
 time per layer and readout are what matters. Medians of steps that begin together; the slowest rank's count. Logits are
 compared with the whole model's.
 """
@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scripts.bench.timing import median_ms
+from scripts.bench.timing import captured, median_ms
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.kernels.elementwise import Norm
@@ -165,7 +165,7 @@ class Bench:
         return {kind: kinds[kind] for kind in self._sums}
 
     def _steps(self, target: FusedTarget, *, together: bool) -> tuple[dict, Tensor]:
-        """Milliseconds of a verification and of a token, how they ran, and the verification's logits [T, V]."""
+        """Milliseconds of a verification and of a token, and the verification's logits [T, V]."""
         tree, root = Nodes(self._effort.slots, self._device), Root(self._device)
         chosen = {nodes: torch.zeros_like(nodes.tokens) for nodes in (tree, root)}
         logits: dict[object, Tensor] = {}
@@ -179,38 +179,18 @@ class Bench:
 
         found: dict = {}
         for name, nodes in (("token", root), ("verify", tree)):  # whose logits are compared comes last
-            replay, found[f"{name}_runs"] = self._captured(step(nodes), together)
-            found[f"{name}_ms"] = self._median_ms(replay, together)
+            found[f"{name}_ms"] = self._median_ms(step(nodes), together)
         return found, logits[tree].float().clone()
 
-    def _captured(self, step: Callable[[], None], together: bool) -> tuple[Callable[[], None], str]:
-        """`step` as a graph's replay, or as it is, and which."""
-        step()
-        self._synchronize()
-        if self._device.type != "cuda":
-            return step, "as it is: there is no GPU"
-        graph, failure = torch.cuda.CUDAGraph(), None
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()
-        except RuntimeError as error:
-            failure = " ".join(str(error).split())[:200]
-        failures = [failure]
-        if together:
-            failures = [None] * self._ranks.count
-            dist.all_gather_object(failures, failure)
-        if any(failures):
-            return step, f"as it is: capture failed ({next(filter(None, failures))})"
-        return graph.replay, "captured"
-
     def _median_ms(self, step: Callable[[], object], together: bool) -> float:
-        """Median of a step; of steps that all ranks begin together, the slowest rank's."""
+        """Median of a step, captured on a GPU; of steps that all ranks begin together, the slowest rank's."""
 
         def begin() -> None:
             if together:
                 dist.barrier()
             self._synchronize()
 
+        step = captured(step) if self._device.type == "cuda" else step
         counts = {"repeats": self._effort.repeats, "warm_up": self._effort.warm_up}
         median = torch.tensor(median_ms(step, self._device, before=begin, **counts), device=self._device)
         if together:
@@ -228,8 +208,7 @@ class Bench:
                 sums.part(rows).zero_()
                 sums.add_and_norm(residual, norm)
 
-        replay, _ = self._captured(run, together=True)
-        return 1e3 * self._median_ms(replay, together=True) / count
+        return 1e3 * self._median_ms(run, together=True) / count
 
     def _random_cache(self, shape: Shape) -> Tensor:
         """Keys and values [2, L, 1, H_kv, S, D], the same on every rank."""
@@ -250,7 +229,7 @@ class Bench:
     def _write(self) -> None:
         if not self._ranks.rank:
             write_json(self._output, self._record)
-            print(json.dumps({name: _brief(found) for name, found in self._record["shapes"].items()}), flush=True)
+            print(f"measured so far: {', '.join(self._record['shapes'])}", flush=True)
 
     def ratios(self) -> dict:
         """Shared over alone, the best way to sum of each shape."""
@@ -261,10 +240,6 @@ class Bench:
             }
             for name, found in self._record["shapes"].items()
         }
-
-
-def _brief(found: dict) -> dict:
-    return {kind: figures for kind, figures in found.items() if kind != "shape"}
 
 
 class Nodes:

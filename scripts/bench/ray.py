@@ -16,12 +16,10 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
+from scripts.bench.widened import widened
 from specextend import SpecExtend
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import Prompt
@@ -31,7 +29,6 @@ from specextend.evaluation.ray_workers import RayWorkers
 from specextend.evaluation.records import SampleRecord
 from specextend.evaluation.workers import Unwatched
 from specextend.models.loading import load_models
-from specextend.models.widen import SHAPES, widen
 
 CHARACTERS_PER_TOKEN = 3.5  # of the built-in text, about
 
@@ -133,17 +130,6 @@ class Engines:
 
     def __call__(self, method: str | None) -> SpecExtend:
         return self._engine
-
-
-def widened(models, shape: str):
-    options = {"dtype": torch.float16, "device": models.device}
-    with torch.inference_mode():
-        target = widen(models.target, SHAPES[shape], **options)
-        draft = widen(models.draft, SHAPES["vicuna_68m"], seed=1, **options)
-    name = f"bundled widened to {shape}"
-    return replace(
-        models, name=name, target=target, draft=draft, dtype=options["dtype"], vocab_size=SHAPES[shape].vocab
-    )
 
 
 class Notes(Unwatched):

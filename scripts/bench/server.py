@@ -32,6 +32,7 @@ import httpx
 import numpy as np
 import torch
 
+from scripts.bench.timing import in_turns
 from specextend import SamplingConfig, SpecExtend
 from specextend.data.builtin import builtin_text
 from specextend.evaluation.environment import ROOT, environment
@@ -120,7 +121,8 @@ def overhead(engine: SpecExtend, server: Served) -> dict:
             "whole": lambda body=body: server.complete(body),
             "streamed": lambda body=body: server.complete(body | {"stream": True}),
         }
-        figures[f"{characters} characters"] = _in_turns(runs, engine.generate(text[:characters], NEW_TOKENS).new_tokens)
+        new_tokens = engine.generate(body["prompt"], NEW_TOKENS).new_tokens
+        figures[f"{characters} characters"] = _beside_library(runs, new_tokens)
     return {
         "setting": {
             "model": "bundled", "new_tokens": NEW_TOKENS, "repeats": REPEATS,
@@ -130,32 +132,20 @@ def overhead(engine: SpecExtend, server: Served) -> dict:
     }  # fmt: skip
 
 
-def _in_turns(runs: dict[str, Callable[[], str]], new_tokens: int) -> dict:
-    texts = {name: run() for name, run in runs.items()}  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(REPEATS):
-        names = list(runs)
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            begin = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    library = statistics.median(seconds["library"])
-    return {
-        "new_tokens": new_tokens,
-        "same_text": len(set(texts.values())) == 1,
-        "library_s": library,
-        **{
-            name: {
-                "s": statistics.median(seconds[name]),
-                "overhead_ms_per_token": 1e3 * (statistics.median(seconds[name]) - library) / new_tokens,
-                # of each pair that ran side by side: what the machine does to both cancels
-                "paired_ms_per_token": 1e3
-                * statistics.median(np.subtract(seconds[name], seconds["library"]).tolist())
-                / new_tokens,
-            }
-            for name in ("whole", "streamed")
-        },
-    }
+def _beside_library(runs: dict[str, Callable[[], str]], new_tokens: int) -> dict:
+    texts = {run() for run in runs.values()}  # warm-up
+    ms = in_turns(runs, REPEATS)
+    library = statistics.median(ms["library"])
+    figures = {"new_tokens": new_tokens, "same_text": len(texts) == 1, "library_s": library / 1e3}
+    for name in ("whole", "streamed"):
+        median = statistics.median(ms[name])
+        figures[name] = {
+            "s": median / 1e3,
+            "overhead_ms_per_token": (median - library) / new_tokens,
+            # of each pair that ran side by side: what the machine does to both cancels
+            "paired_ms_per_token": float(np.median(np.subtract(ms[name], ms["library"]))) / new_tokens,
+        }
+    return figures
 
 
 # --- soak ---------------------------------------------------------------------------------------------------------

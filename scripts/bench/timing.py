@@ -1,10 +1,10 @@
-"""Milliseconds of a step, on any device."""
+"""Milliseconds of a step on any device, alone or beside others; steps as graphs."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -34,3 +34,23 @@ def median_ms(
         before()
         times.append(elapsed_ms(step, device))
     return statistics.median(times[warm_up:])
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of each run by the clock; they take turns, and who is first changes. No warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        names = list(runs)
+        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
+            times[name].append(elapsed_ms(runs[name], torch.device("cpu")))
+    return times
+
+
+def captured(step: Callable[[], object]) -> Callable[[], None]:
+    """`step` as a CUDA graph's replay, after one call of it."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
