@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper] [flags of Ray]
 #   bundled   the pair in this checkout, no download; 12 minutes on two CPU cores with the built-in text (the default),
-#             longer with the data sets that lie in DATA; on a GPU also bench_gpu.py
+#             longer with the data sets that lie in DATA; on a GPU also scripts.bench.gpu
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
@@ -53,14 +53,14 @@ bundled() {
     done
     measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 2048 --temperature 0.5
 
-    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 4K 8K -n 2 --output_file "$out/needle.json"
-    "$python" scripts/eval_needle.py --data_dir "$data/$first" --lengths 16K -n 1 --output_file "$out/needle.json"
-    "$python" scripts/analyse.py --data_dir "$data/$first" -n 1 --lengths 1K 4K --output_file "$out/analysis.json"
+    "$python" -m scripts.analysis.needle --data_dir "$data/$first" --lengths 4K 8K -n 2 --output_file "$out/needle.json"
+    "$python" -m scripts.analysis.needle --data_dir "$data/$first" --lengths 16K -n 1 --output_file "$out/needle.json"
+    "$python" -m scripts.analysis.analyse --data_dir "$data/$first" -n 1 --lengths 1K 4K --output_file "$out/analysis.json"
     if [ ! -e "$out/prefill_memory.json" ]; then
-        "$python" scripts/measure_prefill_memory.py --use_specextend --output_file "$out/prefill_memory.json"
+        "$python" -m scripts.bench.prefill_memory --use_specextend --output_file "$out/prefill_memory.json"
     fi
     if [ ! -e "$out/gpu/bench.json" ] && nvidia-smi > /dev/null 2>&1; then # at the cost of a 7B model, 10 minutes
-        "$python" scripts/bench_gpu.py --output "$out/gpu"
+        "$python" -m scripts.bench.gpu --output "$out/gpu"
     fi
 }
 
@@ -79,8 +79,8 @@ paper() {
     measure eval_eagle.py llama31_8b_long pg19 "standard specextend" 32K "$samples" -r $runs -m llama31_8b
     measure eval_eagle.py llama31_8b_long pg19 specextend "64K 128K" "$samples" -r $runs -m llama31_8b
     measure eval_eagle.py r1_distill_llama_8b aime24 "standard specextend" all 30 -r 1 -m r1_distill_llama_8b
-    "$python" scripts/eval_needle.py -m vicuna_7b --data_dir "$data/govreport" --output_file "$out/needle.json"
-    "$python" scripts/analyse.py -m vicuna_7b --data_dir "$data/govreport" --lengths $lengths -n 5 -max 256 \
+    "$python" -m scripts.analysis.needle -m vicuna_7b --data_dir "$data/govreport" --output_file "$out/needle.json"
+    "$python" -m scripts.analysis.analyse -m vicuna_7b --data_dir "$data/govreport" --lengths $lengths -n 5 -max 256 \
         --output_file "$out/analysis.json"
 }
 
@@ -99,5 +99,5 @@ case $what in
     bundled | paper) "$what" ;;
     *) echo "reproduce_all.sh: $what is unknown; say bundled or paper" >&2 && exit 2 ;;
 esac
-"$python" scripts/plot_results.py --results "${TABLES:-$out}"
-"$python" scripts/make_tables.py --html --results "${TABLES:-$out}"
+"$python" -m scripts.report.plots --results "${TABLES:-$out}"
+"$python" -m scripts.report.tables --html --results "${TABLES:-$out}"

@@ -28,12 +28,14 @@ class Method:
         switches: fields of `SpecExtendConfig` in which it differs from standard decoding.
         chain: its draft length, for methods that draft chains; None takes the run's tree.
         chunk_size: its own chunks, as many as fill the run's working cache; None takes the run's.
+        label: its name in figures.
     """
 
     summary: str
     switches: Mapping[str, Any] = field(default_factory=dict)
     chain: TreeConfig | None = None
     chunk_size: int | None = None
+    label: str = ""
 
     @property
     def drafts_with_model(self) -> bool:
@@ -54,37 +56,52 @@ def _rechunked(retrieval: RetrievalConfig, size: int) -> RetrievalConfig:
 
 
 METHODS = {
-    "autoregressive": Method("the target alone: our own loop with flash decoding", FAST | {"drafting": "none"}),
+    "autoregressive": Method(
+        "the target alone: our own loop with flash decoding", FAST | {"drafting": "none"}, label="autoregressive"
+    ),
     "autoregressive_hf": Method(
-        "the target alone: Hugging Face's `generate` with eager attention", {"drafting": "hugging_face"}
+        "the target alone: Hugging Face's `generate` with eager attention",
+        {"drafting": "hugging_face"},
+        label="autoregressive, Hugging Face",
     ),
-    "prompt_lookup": Method("drafts copied from where the last n-gram stood", FAST | {"drafting": "lookup"}, LOOKUP),
-    "standard": Method("tree speculative decoding: dense attention, full draft cache"),
-    "fa": Method("standard + FlashAttention prefill", {"flash_prefill": True}),
-    "hta": Method("standard + Hybrid Tree Attention", {"hybrid_tree_attention": True}),
-    "streaming": Method("standard + StreamingLLM draft cache (sink + window)", {"draft_cache": "streaming"}),
-    "cmr": Method("standard + Cross-model Retrieval draft cache", {"draft_cache": "retrieval"}),
-    "fa_hta": Method("standard + FlashAttention prefill + Hybrid Tree Attention", FAST),
+    "prompt_lookup": Method(
+        "drafts copied from where the last n-gram stood", FAST | {"drafting": "lookup"}, LOOKUP, label="prompt lookup"
+    ),
+    "standard": Method("tree speculative decoding: dense attention, full draft cache", label="standard"),
+    "fa": Method("standard + FlashAttention prefill", {"flash_prefill": True}, label="+ FlashAttention"),
+    "hta": Method("standard + Hybrid Tree Attention", {"hybrid_tree_attention": True}, label="+ Hybrid Tree Attention"),
+    "streaming": Method(
+        "standard + StreamingLLM draft cache (sink + window)", {"draft_cache": "streaming"}, label="+ StreamingLLM"
+    ),
+    "cmr": Method(
+        "standard + Cross-model Retrieval draft cache", {"draft_cache": "retrieval"}, label="+ Cross-model Retrieval"
+    ),
+    "fa_hta": Method("standard + FlashAttention prefill + Hybrid Tree Attention", FAST, label="+ FA + HTA"),
     "fa_hta_streaming": Method(
-        "SpecExtend with a StreamingLLM draft cache of the same size", FAST | {"draft_cache": "streaming"}
+        "SpecExtend with a StreamingLLM draft cache of the same size",
+        FAST | {"draft_cache": "streaming"},
+        label="+ FA + HTA + StreamingLLM",
     ),
-    "specextend": Method("all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}),
+    "specextend": Method("all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}, label="SpecExtend"),
     "magicdec": Method(
         "self-speculation: the target over sink + window of its own cache",
         FAST | {"draft_cache": "streaming", "drafting": "self"},
         LINEAR,
+        label="MagicDec",
     ),
     "self_retrieval": Method(
         "self-speculation: the target over retrieved chunks of its own cache",
         FAST | {"draft_cache": "retrieval", "drafting": "self"},
         LINEAR,
         chunk_size=8,
+        label="self-retrieval",
     ),
     "triforce": Method(
         "the draft model proposes for self_retrieval's draft, and that for the target",
         FAST | {"draft_cache": "retrieval", "drafting": "hierarchy"},
         LINEAR,
         chunk_size=8,
+        label="TriForce",
     ),
 }
 

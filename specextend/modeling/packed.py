@@ -2,7 +2,7 @@
 
 Verifying a tree multiplies some ten rows by every weight. PyTorch's default product for float32 reads a weight anew
 in its plain layout, and with ten rows takes several times as long as with weights packed for the processor
-(`scripts/bench_cpu.py` measures it: results/cpu/layers.json).
+(`scripts.bench.cpu` measures it: results/cpu/layers.json).
 """
 
 from __future__ import annotations

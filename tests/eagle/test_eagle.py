@@ -471,9 +471,8 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(flags, message):
 
 
 @pytest.fixture
-def training_heads(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from training import heads
+def training_heads():
+    from scripts.train import heads
 
     return heads
 
@@ -507,7 +506,7 @@ def test_chains_begin_at_every_offset_and_end_within_the_row(training_heads):
 
 @pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
 def test_loss_of_a_head_is_the_weighted_sum_over_its_steps(kind, load, hf_twin, make_prompt, training_heads):
-    from training.settings import Settings
+    from scripts.train.settings import Settings
 
     head, reference, target = load(kind)
     head.config._attn_implementation = training_heads.UNROLLED

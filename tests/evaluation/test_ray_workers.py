@@ -29,8 +29,7 @@ from specextend.models.loading import load_models
 
 ray = pytest.importorskip("ray")
 
-import bench_ray  # noqa: E402
-
+from scripts.bench import ray as bench_ray  # noqa: E402
 from specextend.evaluation.ray_workers import RayWorkers, seats_of  # noqa: E402
 
 pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")

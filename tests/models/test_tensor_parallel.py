@@ -123,7 +123,7 @@ def test_what_cannot_be_sharded_is_said_in_a_line(seen):
 @needs_torchrun
 def test_the_benchmark_compares_ranks_with_one_and_finds_the_same_logits(tmp_path):
     pytest.importorskip("triton")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "scripts/bench_parallel.py", "--smoke"]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "scripts.bench.parallel", "--smoke"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command, "--output", tmp_path / "parallel.json"], cwd=ROOT, env=environment,

@@ -1,4 +1,4 @@
-"""Needles (scripts/eval_needle.py): planted where they should be, probed under each cache, resumed and counted."""
+"""Needles (scripts.analysis.needle): planted where they should be, probed under each cache, resumed and counted."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from eval_needle import accuracies, measure, plant
-from probe import Probe
-from readings import CACHES, METHODS
-from records import Records
-from training.facts import make_facts
 
-from specextend import methods
+from scripts.analysis.needle import accuracies, measure, plant
+from scripts.analysis.probe import Probe
+from scripts.analysis.store import Store, require_positions
+from scripts.report.analyses import CACHES
+from scripts.train.facts import make_facts
 from specextend.data.builtin import builtin_text
+from specextend.errors import CapacityError, ConfigError, InputError
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,22 @@ def test_accuracy_leaves_out_what_is_guessed_without_the_fact():
 
 def test_records_are_measured_once_and_belong_to_one_setting(tmp_path):
     path = tmp_path / "records.json"
-    assert Records(path, {"model": "a"}).measure({"n": 1}, lambda: {"x": 5}) == {"n": 1, "x": 5}
-    again = Records(path, {"model": "a"})
+    assert Store(path, {"model": "a"}).measure({"n": 1}, lambda: {"x": 5}) == {"n": 1, "x": 5}
+    again = Store(path, {"model": "a"})
     assert again.measure({"n": 1}, lambda: pytest.fail("measured twice")) == {"n": 1, "x": 5}
     again.measure({"n": 2}, lambda: {"x": 6})
     assert [record["x"] for record in json.loads(path.read_text())["records"]] == [5, 6]
-    with pytest.raises(SystemExit, match="--fresh starts over"):
-        Records(path, {"model": "b"})
-    assert list(Records(path, {"model": "b"}, fresh=True)) == []
+    with pytest.raises(ConfigError, match="--fresh starts over"):
+        Store(path, {"model": "b"})
+    assert list(Store(path, {"model": "b"}, fresh=True)) == []
+    path.write_text('{"records": ')
+    with pytest.raises(InputError, match=f"{path} is damaged .*--fresh starts over"):
+        Store(path, {"model": "a"})
 
 
-def test_tables_and_figures_know_every_method():
-    assert list(METHODS) == list(methods.METHODS)
+def test_lengths_beyond_the_models_positions_are_refused(bundled_engine):
+    require_positions(bundled_engine, ["2K", "16K"])
+    with pytest.raises(CapacityError, match="32K is 32768 tokens, but bundled holds 16384 positions; ask for at most"):
+        require_positions(bundled_engine, ["2K", "32K"])
+    with pytest.raises(CapacityError, match="16K is 16384 tokens and 128 more, .* at most 16256"):
+        require_positions(bundled_engine, ["16K"], 128)

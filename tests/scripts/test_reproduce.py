@@ -27,16 +27,26 @@ def flag(command: str, name: str) -> str | None:
     return words[words.index(name) + 1] if name in words else None
 
 
+def is_command(line: str) -> bool:
+    return line.startswith("-m ") or line.split()[0].endswith(".py")
+
+
+def program(command: str) -> Path:
+    """The file that a command starts, a script or a module."""
+    first, second, *_ = command.split()
+    return ROOT / (second.replace(".", "/") + ".py" if first == "-m" else first)
+
+
 @pytest.mark.parametrize("what", ["bundled", "paper"])
 def test_every_method_is_measured_and_ends_in_tables_and_figures(what, tmp_path):
     lines, _, status = commands_of(what, DATA=tmp_path, OUT=tmp_path / "out")
-    commands = [line for line in lines if line.split()[0].endswith(".py")]
-    assert status == 0 and all((ROOT / line.split()[0]).exists() for line in commands)
+    commands = [line for line in lines if is_command(line)]
+    assert status == 0 and all(program(line).exists() for line in commands)
     measured = [shlex.split(line.split("--method ")[1].split(" --")[0]) for line in commands if "--method " in line]
     assert {method for methods in measured for method in methods} == set(METHODS)
-    names = [Path(line.split()[0]).name for line in commands]
-    assert {"eval_classic.py", "eval_eagle.py", "eval_needle.py", "analyse.py"} < set(names)
-    assert names[-2:] == ["plot_results.py", "make_tables.py"]
+    names = [program(line).name for line in commands]
+    assert {"eval_classic.py", "eval_eagle.py", "needle.py", "analyse.py"} < set(names)
+    assert names[-2:] == ["plots.py", "tables.py"]
     files = [flag(line, "--output_file") for line in commands if flag(line, "--output_file")]
     assert all(Path(file).is_relative_to(tmp_path / "out") for file in files)
 
@@ -57,7 +67,7 @@ def test_data_sets_that_are_there_are_used_and_the_built_in_text_where_none_is(t
 def test_paper_says_first_what_it_will_take(tmp_path):
     lines, _, _ = commands_of("paper", DATA=tmp_path)
     said = " ".join(lines[:3])
-    assert "GB" in said and "hours" in said and not any(line.split()[0].endswith(".py") for line in lines[:3])
+    assert "GB" in said and "hours" in said and not any(map(is_command, lines[:3]))
 
 
 def test_anything_else_is_refused_with_one_line():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-import size_model
 import torch
 from transformers import LlamaConfig
 
+from scripts.bench import model_size as size_model
+from specextend.cli import flags
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig, prefill_block
 from specextend.drafting.small_lm import ClassicDrafter
 from specextend.evaluation.environment import ROOT
@@ -73,6 +74,15 @@ def test_caches_are_counted_as_ours_are_made(make_model):
 
 def test_every_flag_and_script_the_page_names_exists():
     flags = set(re.findall(r"`(--\w+)`", PAGE)) - {"--nnodes"}  # torchrun's
-    sources = "".join((ROOT / "specextend" / name).read_text() for name in ("cli.py", "entry.py"))
+    sources = "".join(path.read_text() for path in (ROOT / "specextend" / "cli").glob("*.py"))
     assert flags and all(f'"{flag}"' in sources for flag in flags)
-    assert all((ROOT / path).exists() for path in re.findall(r"scripts/\w+\.(?:py|sh)", PAGE))
+    modules = {name.replace(".", "/") + ".py" for name in re.findall(r"scripts\.\w+\.\w+", PAGE)}
+    assert modules and all((ROOT / path).exists() for path in {*modules, *re.findall(r"scripts/\w+\.(?:py|sh)", PAGE)})
+
+
+@pytest.mark.parametrize("flags_", ["--ranks 0", "--tokens -5"])
+def test_sizes_that_are_none_are_refused_in_one_line(flags_, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["model_size", *flags_.split()])
+    with pytest.raises(SystemExit) as exit_:
+        flags.run(size_model.main)
+    assert exit_.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,180 @@
+"""The model card, written from the training record alone."""
+
+SOURCES_HEADER = "| source repository | kind | licence | documents | MB |\n|---|---|---|---|---|"
+
+CARD = """---
+license: apache-2.0
+language: en
+pipeline_tag: text-generation
+---
+# The bundled models
+
+Two small Llama models for trying out long-input speculative decoding where nothing can be downloaded: a target that
+reads up to {long_context:,} tokens, and a draft distilled from it that has only ever seen {draft_context:,}. Both load
+with `AutoModelForCausalLM.from_pretrained`. Written by `scripts.train`; every number below comes from
+`training_record.json`.
+
+{sizes}
+
+Vocabulary {vocab_size:,}; tied embeddings; RoPE base 10,000, the target's scaled linearly by 4; weights in bfloat16.
+
+## Training
+{documents:,} documents, {megabytes:.1f} MB, {tokens:,} training tokens ({characters_per_token:.2f} characters each) and
+{validation_tokens:,} held-out ones; seed {seed}. Muon for the matrices, AdamW for embeddings and norms. In some rows
+spans are repeated far away, facts are planted and asked for, and near repeats are trained against (unlikelihood).
+The draft starts from random weights and minimises the KL divergence from the target at temperature
+{teacher_temperature}, {distilled_on}.
+
+{phases}
+
+## Measured on held-out text
+Target, loss by position (nats per token):
+
+{loss_by_position}
+
+Target, loss on the same last tokens given only so many tokens before them:
+
+{loss_by_context}
+
+Draft against target, teacher-forced; overlap is the sum of min(target at temperature 0.8, draft at temperature 1):
+
+{agreement}
+
+A span or a fact from far back, share of tokens right, by context length:
+
+{far}
+
+{heads}Greedy text of the target, {loop_prompts} prompts: {repeated_4grams:.1%} of its 4-grams repeat earlier ones,
+{ends_in_loop:.1%} of the continuations end in a loop.
+
+## Limits
+A research aid. The target is tiny: it knows nothing, what it writes is not to be trusted, and it is English only. The
+draft is meant to fail beyond {draft_context:,} tokens: that failure is what the project studies. Old books carry the
+views of their time.
+
+## Data and licence
+Weights: Apache-2.0. {data}
+"""
+
+DATA_WITH_SOURCES = """The text: public-domain books, works of the US government, and technical documentation
+under permissive licences (public domain, CC0, CC BY 3.0 and 4.0, Apache-2.0, MIT, BSD), converted to plain prose, from
+these repositories, whose authors are credited hereby:
+
+{header}
+{rows}"""
+DATA_HUB = "The text: train splits of PG-19 (public-domain books) and GovReport (US government works), from the hub."
+DATA_UNLISTED = "The text came from files given to the script, without a list of sources beside them."
+
+
+def write_card(record: dict) -> str:
+    """The card's text for a finished record."""
+    settings, corpus, measured = record["settings"], record["tokenizer"], record["measure"]
+    looping = measured["looping"]
+    return CARD.format(
+        **settings | {"validation_tokens": corpus["validation_tokens"]},
+        **{name: corpus[name] for name in ("documents", "megabytes", "tokens", "characters_per_token")},
+        sizes=_sizes(record),
+        distilled_on=_distilled_on(record["draft"]["written_rows"]),
+        phases=_phases(record),
+        loss_by_position=_row(measured["loss_by_position"]),
+        loss_by_context=_row(measured["loss_by_context"]),
+        agreement=_agreement(measured),
+        far=_far(measured),
+        heads=_heads(record),
+        loop_prompts=looping["prompts"],
+        repeated_4grams=looping["repeated_4grams"],
+        ends_in_loop=looping["ends_in_loop"],
+        data=_data(corpus),
+    )
+
+
+def _sizes(record: dict) -> str:
+    settings = record["settings"]
+    lines = ["| | layers | hidden | heads | FFN | positions | parameters |", "|---|---|---|---|---|---|---|"]
+    for model, positions in (("target", "long_context"), ("draft", "draft_context")):
+        shape = " | ".join(str(settings[f"{model}_{size}"]) for size in ("layers", "hidden", "heads", "ffn"))
+        lines.append(f"| {model} | {shape} | {settings[positions]:,} | {record[model]['parameters']:,} |")
+    return "\n".join(lines)
+
+
+def _distilled_on(written_rows: int) -> str:
+    if not written_rows:
+        return "on text of the corpus"
+    return f"half on text of the corpus, half on text that the target wrote ({written_rows:,} rows)"
+
+
+def _phases(record: dict) -> str:
+    columns = ("model", "context", "batch", "steps", "M tokens", "seconds", "tokens/s", "device", "torch")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for model in ("target", "draft", "eagle1", "eagle3"):
+        if not record.get(model, {}).get("finished"):
+            continue
+        environment = record[model]["environment"]
+        for phase in record[model]["training"]["phases"].values():
+            shape = f"{model} | {phase['context']:,} | {phase['batch']}"
+            work = f"{phase['steps']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
+            place = f"{environment['device']} | {environment['torch']}"
+            lines.append(f"| {shape} | {work} | {phase['tokens_per_s']:,.0f} | {place} |")
+    return "\n".join(lines)
+
+
+def _row(figures: dict[str, float]) -> str:
+    head, rule = "| " + " | ".join(figures) + " |", "|" + "---|" * len(figures)
+    return "\n".join([head, rule, "| " + " | ".join(f"{value:.3f}" for value in figures.values()) + " |"])
+
+
+def _agreement(measured: dict) -> str:
+    lines = ["| text | position | draft sees | same argmax | overlap |", "|---|---|---|---|---|"]
+    for seen, by_position in measured["agreement_natural"].items():
+        for position, figures in by_position.items():
+            lines.append(f"| natural | {position} | {seen.replace('_', ' ')} | {_pair(figures)} |")
+    for name, figures in measured["agreement_own_text"].items():
+        lines.append(f"| written by the target, {name.replace('_', ' ')} | all | everything | {_pair(figures)} |")
+    return "\n".join(lines)
+
+
+def _pair(figures: dict[str, float]) -> str:
+    return f"{figures['same_argmax']:.3f} | {figures['overlap_draft_at_1.0']:.3f}"
+
+
+def _far(measured: dict) -> str:
+    lengths = list(measured["copying"]["target"])
+    lines = ["| task | model | " + " | ".join(lengths) + " |", "|---|---|" + "---|" * len(lengths)]
+    for task in ("copying", "facts"):
+        for model, figures in measured[task].items():
+            lines.append(f"| {task} | {model} | " + " | ".join(f"{figures[n]:.3f}" for n in lengths) + " |")
+    return "\n".join(lines)
+
+
+def _heads(record: dict) -> str:
+    """The EAGLE heads that were trained, a paragraph that ends with an empty line; nothing where there are none."""
+    trained = [kind for kind in ("eagle1", "eagle3") if record.get(kind, {}).get("finished")]
+    if not trained:
+        return ""
+    steps = range(1, record["settings"]["eagle_steps"] + 1)
+    lines = [
+        "EAGLE heads of the target (`eagle1/`, `eagle3/`; draft vocabulary of EAGLE-3: "
+        f"{record['settings']['eagle_vocab']:,} tokens), trained on contexts of up to "
+        f"{record['settings']['draft_context']:,} tokens. Same argmax as the target on held-out text, at step k from "
+        "k - 1 of the head's own states:",
+        "",
+        "| head | parameters | M tokens | seconds | " + " | ".join(f"step {step}" for step in steps) + " |",
+        "|---" * (4 + len(steps)) + "|",
+    ]
+    for kind in trained:
+        (phase,) = record[kind]["training"]["phases"].values()
+        last = record[kind]["training"]["validation"][-1]
+        shares = " | ".join(f"{last[f'same_argmax_{step}']:.3f}" for step in steps)
+        cost = f"{record[kind]['parameters']:,} | {phase['tokens'] / 1e6:.1f} | {phase['seconds']:.0f}"
+        lines.append(f"| {kind} | {cost} | {shares} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _data(corpus: dict) -> str:
+    if corpus["hub"]:
+        return DATA_HUB
+    if not corpus["sources"]:
+        return DATA_UNLISTED
+    columns = ("repository", "kind", "licence", "documents", "mb")
+    rows = "\n".join("| " + " | ".join(source[name] for name in columns) + " |" for source in corpus["sources"])
+    return DATA_WITH_SOURCES.format(header=SOURCES_HEADER, rows=rows)

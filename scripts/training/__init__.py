@@ -1,1 +1,0 @@
-"""Training of the bundled pair: corpus, rows, models, optimiser, generation, measurement, model card."""

@@ -1,0 +1,295 @@
+"""The training script of the bundled pair, end to end on tiny models, and the parts whose mistakes would be silent."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eagle.weights import load_head
+from scripts.train import measure
+from scripts.train.corpus import BOS_ID, EOS_ID, encode, hold_out, read_documents, train_tokenizer
+from scripts.train.facts import make_facts
+from scripts.train.generation import continue_prompts, ends_in_loop, repeated_share
+from scripts.train.models import (
+    CACHED,
+    CAUSAL,
+    causal_attention,
+    load_model,
+    new_model,
+    save_model,
+    target_config,
+)
+from scripts.train.objectives import loop_avoiding_loss, target_objective
+from scripts.train.rows import LOOPED, PLAIN, SILENT, Mix, Row, RowSource
+from scripts.train.settings import Settings
+from scripts.train.trainer import Phase, Task, Trainer, make_optimizers
+from specextend.models.loading import load_models
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TINY = {
+    "vocab_size": 400, "validation_tokens": 6000, "num_facts": 50, "target_hidden": 32, "target_layers": 2,
+    "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
+    "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
+    "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
+    "draft_seconds": 0.7, "eagle1_seconds": 0.7, "eagle3_seconds": 0.7, "eagle_batch": 4, "eagle_vocab": 200,
+    "eagle_layers": "0,1,2", "eagle_steps": 3, "warmup_steps": 5, "uncounted_steps": 2, "log_steps": 5,
+    "validations": 2, "checkpoint_seconds": 0.5, "measure_windows": 2, "measure_prompts": 3,
+}  # fmt: skip
+
+
+def synthetic_documents(count: int, words: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    lexicon = ["".join(rng.choice(list("abcdefghijklmnop"), size=rng.integers(2, 8))) for _ in range(200)]
+    return [" ".join(rng.choice(lexicon, size=words)) + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = synthetic_documents(24, 300) + synthetic_documents(8, 2000)
+    (folder / "part1.txt").write_text("\n<|endoftext|>\n".join(texts) + "\n<|endoftext|>\n")
+    table = "| source repository | commit | licence | documents | MB |\n|---|---|---|---|---|\n"
+    (folder / "README.md").write_text(f"## books: some\n\n{table}| someone/somewhere | abc | CC0 | 32 | 0.1 |\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: Path):
+    return train_tokenizer(read_documents([corpus], 0), Settings(**TINY))
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess:
+    flags = [f"--{name}={value}" for name, value in TINY.items()]
+    command = [sys.executable, "-m", "scripts.train", "--device=cpu", "--no-compile", *flags]
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pair")
+    done = run_script("--corpus", corpus, "--out", out, "--what", "pair", "eagle1", "eagle3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = ["tokenizer", "target", "draft", "measure", "eagle1", "eagle3"]
+    assert json.loads(done.stdout.splitlines()[-1])["finished"] == stages
+    return out
+
+
+def test_outputs_load_with_plain_transformers(trained: Path) -> None:
+    for name in ("target", "draft"):
+        model = AutoModelForCausalLM.from_pretrained(trained / name)
+        tokenizer = AutoTokenizer.from_pretrained(trained / name)
+        ids = tokenizer("some text", return_tensors="pt").input_ids
+        assert ids[0, 0] == BOS_ID and tokenizer.eos_token_id == EOS_ID
+        assert tokenizer.decode(ids[0], skip_special_tokens=True) == "some text"
+        assert model.dtype == torch.bfloat16 and model.config._attn_implementation != CAUSAL
+        assert model(ids).logits.isfinite().all()
+    assert not list(trained.glob("*.partial"))
+
+
+def test_record_and_card_hold_every_measurement(trained: Path) -> None:
+    record = json.loads((trained / "training_record.json").read_text())
+    measured = record["measure"]
+    for name in ("loss_by_position", "loss_by_context", "agreement_natural", "agreement_own_text", "copying", "facts"):
+        assert measured[name], name
+    assert 0 <= measured["looping"]["repeated_4grams"] <= 1
+    first, *_, last = record["target"]["training"]["validation"]
+    assert last["loss"] < np.log(TINY["vocab_size"]) and last["step"] > first["step"]
+    card = (trained / "README.md").read_text()
+    assert "someone/somewhere" in card and "Apache-2.0" in card and "{" not in card
+    assert "| eagle1 |" in card and "| eagle3 |" in card
+
+
+def test_trained_heads_load_and_have_learned(trained: Path) -> None:
+    target = load_models(str(trained / "target"), draft=str(trained / "draft"), device="cpu").target
+    record = json.loads((trained / "training_record.json").read_text())
+    for kind in ("eagle1", "eagle3"):
+        head = load_head(trained / kind, target, kind)
+        assert (head.target_ids is None) == (kind == "eagle1")
+        validation = record[kind]["training"]["validation"]
+        assert validation[-1]["same_argmax_1"] > 20 / TINY["vocab_size"]
+
+
+def test_heads_of_a_finished_target_take_its_tokenizer(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"  # as it ships: without the folder that only resuming needs
+    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("work", "eagle*"))
+    record = json.loads((out / "training_record.json").read_text())
+    del record["eagle1"], record["eagle3"]
+    (out / "training_record.json").write_text(json.dumps(record))
+    done = run_script("--corpus", corpus, "--out", out, "--what", "eagle1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokenizer taken from the target" in done.stdout and (out / "eagle1" / "model.safetensors").exists()
+    assert "eagle3" not in json.loads(done.stdout.splitlines()[-1])["finished"]
+
+
+def test_finished_stages_are_skipped_and_other_sizes_refused(trained: Path, corpus: Path, tmp_path: Path) -> None:
+    before = (trained / "target" / "model.safetensors").stat().st_mtime_ns
+    again = run_script("--corpus", corpus, "--out", trained)
+    assert again.returncode == 0 and again.stdout.count("already done, skipped") == 4
+    assert (trained / "target" / "model.safetensors").stat().st_mtime_ns == before
+    other = run_script("--corpus", corpus, "--out", trained, "--seed", 7)
+    assert other.returncode == 2 and "seed 0 -> 7" in other.stderr
+    missing = run_script("--corpus", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+
+
+def test_encoded_documents_keep_their_text_and_borders(corpus: Path, tokenizer) -> None:
+    documents = read_documents([corpus], 0)
+    encoded = encode(documents, tokenizer.backend_tokenizer)
+    assert len(documents) == 32 and len(encoded.starts) == 33 and encoded.stream.dtype == np.uint16
+    for document, tokens in zip(documents, encoded.documents(), strict=True):
+        assert tokens[0] == BOS_ID and tokens[-1] == EOS_ID
+        assert tokenizer.decode(tokens[1:-1].tolist()) == document
+
+
+def test_held_out_documents_are_disjoint_and_partly_long(corpus: Path) -> None:
+    documents = read_documents([corpus], 0)
+    train, validation = hold_out(documents, Settings(**TINY))
+    assert sorted(train + validation) == sorted(documents) and train and validation
+    assert max(map(len, validation)) > 5 * min(map(len, validation))
+
+
+def test_copies_repeat_at_their_distance() -> None:
+    rng, mix, distances = np.random.default_rng(0), Mix(), []
+    for _ in range(100):
+        row = Row(rng.integers(0, 60_000, size=4096))
+        plants = [plant for _ in range(4) if (plant := row.plant_copy(rng, mix))]
+        for plant in plants:
+            copied = row.tokens[plant.start : plant.start + plant.length]
+            assert np.array_equal(copied, row.tokens[plant.source : plant.source + plant.length])
+            assert plant.start - plant.source >= 256 and 24 <= plant.length <= 200
+            distances.append(plant.start - plant.source)
+        assert not row.kinds.any()
+    assert min(distances) < 320 and max(distances) > 3000
+
+
+def test_loops_repeat_the_text_before_them_and_are_marked() -> None:
+    rng, mix = np.random.default_rng(0), Mix()
+    for _ in range(100):
+        text = rng.integers(0, 60_000, size=2049)
+        row = Row(text)
+        plant = row.plant_loop(rng, mix)
+        period, end = plant.start - plant.source, plant.start + plant.length
+        assert 6 <= period <= 160 and period <= plant.length <= 3 * period
+        assert np.array_equal(row.tokens[plant.start : end], row.tokens[plant.source : end - period])
+        assert np.array_equal(row.tokens[: plant.start], text[: plant.start])
+        assert np.array_equal(row.tokens[end:], text[plant.start : -plant.length])  # the text goes on where it was
+        assert (row.kinds[plant.start : end][:8] == SILENT).all() and (row.kinds[plant.start : end][8:] == LOOPED).all()
+        assert (row.kinds[: plant.start] == PLAIN).all() and (row.kinds[end:] == PLAIN).all()
+
+
+def test_facts_are_stated_and_recalled(tokenizer) -> None:
+    rng = np.random.default_rng(0)
+    for fact in make_facts(20, tokenizer.backend_tokenizer, seed=0):
+        row = Row(rng.integers(3, 400, size=2048))
+        plant = row.plant_fact(rng, fact)
+        value = tokenizer.decode(fact.recall[fact.answer])
+        stated = row.tokens[plant.source : plant.source + len(fact.statement)]
+        recalled = row.tokens[plant.start : plant.start + plant.length]
+        assert value in tokenizer.decode(stated) and value in tokenizer.decode(recalled)
+        assert np.array_equal(recalled, fact.recall) and plant.source + len(stated) <= plant.start
+
+
+def test_rows_are_drawn_with_the_shares_of_the_mix(tokenizer) -> None:
+    stream = np.arange(60_000, dtype=np.uint16)  # consecutive numbers: any jump was planted
+    facts = make_facts(20, tokenizer.backend_tokenizer, seed=0)
+    tokens, kinds = RowSource(stream, facts, Mix(), seed=0).draw(400, 2049)
+    assert tokens.shape == kinds.shape == (400, 2049)
+    changed = (np.diff(tokens, axis=1) != 1).any(1).mean()
+    assert 0.55 < changed < 0.75 and 0.05 < (kinds == LOOPED).any(1).mean() < 0.16
+
+
+def test_unlikelihood_pushes_looped_tokens_down_and_skips_silent_ones() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0]] * 3, requires_grad=True)
+    losses = F.cross_entropy(logits, torch.zeros(3, dtype=torch.long), reduction="none")[None]
+    loop_avoiding_loss(losses, torch.tensor([[PLAIN, SILENT, LOOPED]]), 0.5).backward()
+    plain, silent, looped = logits.grad[:, 0].tolist()
+    assert plain < 0 and silent == 0 and looped > 0.05  # a sure loop still has a gradient
+
+
+def test_only_matrices_of_the_layers_are_orthogonalised() -> None:
+    model = new_model(target_config(Settings(**TINY)), CPU, seed=0)
+    muon, adam = make_optimizers(model, Settings(**TINY))
+    matrices, others = ({id(weight) for weight in one.param_groups[0]["params"]} for one in (muon, adam))
+    names = {name: id(weight) for name, weight in model.named_parameters()}
+    assert matrices == {one for name, one in names.items() if "_proj" in name}
+    assert others == set(names.values()) - matrices
+    weight = model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    loss = model.lm_head(model.model(torch.arange(3, 40)[None]).last_hidden_state).square().mean()
+    loss.backward()
+    muon.step()
+    step = (weight - before) / muon.param_groups[0]["lr"]
+    singular = torch.linalg.svdvals(step / max(1, step.shape[0] / step.shape[1]) ** 0.5)
+    assert singular.max() < 1.4 and singular.median() > 0.5
+
+
+def test_registered_attention_equals_masked_reference_and_gets_no_mask(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 20, 8, dtype=torch.float64)
+    output, _ = causal_attention(torch.nn.Module(), query, key, value, None, scaling=0.3)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    reference = ((query @ key.mT) * 0.3).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(output, reference.transpose(1, 2))
+
+    target = new_model(target_config(Settings(**TINY)), CPU, seed=0)
+    (tmp_path / "tokenizer").mkdir()
+    save_model(target, tmp_path / "tokenizer", tmp_path / "target")
+    tokens = torch.randint(3, 400, (2, 300))
+    ours = load_model(tmp_path / "target", CPU)  # its assertion would fail on a mask
+    theirs = load_model(tmp_path / "target", CPU, attention="sdpa")
+    torch.testing.assert_close(ours(tokens, use_cache=False).logits, theirs(tokens).logits)
+
+    writer = load_model(tmp_path / "target", CPU, attention=CACHED)
+    written = continue_prompts(writer, tokens[:, :16], 12, temperature=0.0)
+    for length in range(16, 28):
+        assert torch.equal(ours(written[:, :length], use_cache=False).logits[:, -1].argmax(-1), written[:, length])
+    mixed = continue_prompts(writer, tokens[:, :16], 12, temperature=torch.tensor([0.8, 0.0]))
+    assert torch.equal(mixed[1], written[1]) and not torch.equal(mixed[0], written[0])
+
+
+def test_loop_measures_tell_loops_from_text() -> None:
+    text = np.random.default_rng(0).integers(0, 8192, size=256)
+    looped = np.concatenate([text[:100], np.tile(text[:30], 6)])
+    assert repeated_share(text) == 0 and not ends_in_loop(text)
+    assert repeated_share(looped) > 0.4 and ends_in_loop(looped)
+
+
+def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    settings = Settings(**TINY | {"checkpoint_seconds": 0.05, "validations": 100})
+    rows = RowSource(np.arange(3, 400, dtype=np.uint16).repeat(10), [], replace(Mix(), fact_rows=0.0), seed=0)
+
+    def trainer(seconds: float) -> Trainer:
+        model = new_model(target_config(settings), CPU, seed=0)
+
+        def draw(phase: Phase) -> tuple[torch.Tensor, ...]:
+            return tuple(map(torch.from_numpy, rows.draw(phase.batch, phase.context + 1)))
+
+        task = Task(draw, target_objective(model, 0.5), lambda phase: {"loss": 0.0}, lambda: None)
+        return Trainer("tiny", model, task, seconds, settings, tmp_path / "tiny.pt")
+
+    phases = [Phase("short", 0.5, 2, 64), Phase("long", 1.0, 1, 128)]
+    first = trainer(0.4).fit(phases)
+    resumed = trainer(0.8)
+    second = resumed.fit(phases)
+    assert first["phases"]["long"]["steps"] > 0 and second["steps"] > first["steps"] // 2
+    assert second["phases"]["long"]["seconds"] > first["phases"]["long"]["seconds"]
+    assert second["validation"][0] == first["validation"][0]
+    assert all(state["momentum_buffer"].any() for state in resumed.optimizers[0].state.values())
+
+
+def test_a_model_agrees_with_itself_everywhere() -> None:
+    model = new_model(target_config(Settings(**TINY)), CPU, seed=0).eval()
+    windows = torch.randint(3, 400, (2, 513))
+    figures = measure.agreement_by_position(model, model, windows, 128)["full_cache"]
+    assert list(figures) == ["0-128", "256", "512"]
+    for figure in figures.values():
+        assert figure["same_argmax"] == 1 and figure["overlap_draft_at_0.8"] == pytest.approx(1, abs=1e-4)
