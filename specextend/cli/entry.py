@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from specextend.cli.flag_names import FLAGS
 from specextend.errors import SpecExtendError, describe
@@ -40,13 +41,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _end(line: str, status: int) -> None:
-    """Say why, and leave; what stdout still holds is dropped if it cannot be written."""
-    if line:
-        print(line, file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Say why, and leave; what a stream still holds is dropped where it cannot be written."""
+    with suppress(OSError):
+        sys.stderr.write(f"{line}\n" if line else "")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(status)
 
 

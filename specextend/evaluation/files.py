@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from specextend.errors import ConfigError
 
 PROBE_BYTES = 1 << 16  # room a disk must have before anything is measured
+TRIES, TRY_S = 5, 0.1  # for a lock
 LONGEST_SUFFIX = ".lock.tmp"  # of the files that may come to lie beside an output
 
 
@@ -29,8 +31,7 @@ def check_output(path: Path) -> None:
         try:
             _probe(path)
         finally:
-            for folder in reversed(made):
-                folder.rmdir()
+            _remove(made)
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -93,26 +94,23 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
-        for folder in reversed(made):
-            with suppress(OSError):  # it holds results now
-                folder.rmdir()
+        _remove(made)
 
 
 def _take(lock: Path, path: Path) -> int:
-    """An open descriptor of `lock` that holds the lock."""
-    while True:
+    """An open descriptor that holds the lock; waits for half a second, since a check holds it for a moment."""
+    for _ in range(TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
+        with suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise ConfigError(
-                f"{path} is being written by another evaluation; wait for it to end, or give another --output_file"
-            ) from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):  # else its holder removed the file meanwhile
                 return descriptor
-        os.close(descriptor)  # its holder removed the file meanwhile
+        os.close(descriptor)
+        time.sleep(TRY_S)
+    raise ConfigError(
+        f"{path} is being written by another evaluation; wait for it to end, or give another --output_file"
+    )
 
 
 def _probe(path: Path) -> None:
@@ -121,7 +119,7 @@ def _probe(path: Path) -> None:
         path.open("ab").close()
     longest = path.with_name(path.name + LONGEST_SUFFIX)
     os.close(os.open(longest, os.O_WRONLY | os.O_CREAT, 0o644))
-    longest.unlink()
+    longest.unlink(missing_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as file:
         file.write(b"0" * PROBE_BYTES)
         file.flush()
@@ -140,10 +138,16 @@ def _make_folders(folder: Path) -> list[Path]:
             one.mkdir(exist_ok=True)
             made.append(one)
     except OSError:
-        for one in reversed(made):
-            one.rmdir()
+        _remove(made)
         raise
     return made
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders, the innermost last in the list, unless something lies in them by now."""
+    with suppress(OSError):
+        for folder in reversed(folders):
+            folder.rmdir()
 
 
 @contextmanager

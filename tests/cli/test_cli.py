@@ -502,6 +502,14 @@ def test_ctrl_c_while_python_imports_is_one_line_and_130(script):
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_a_pipe_that_closes_over_stdout_and_stderr_leaves_the_status():
+    program = "from specextend.cli.entry import run\nrun(lambda: [print('x' * 100) for _ in range(100_000)])"
+    done = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done.stdout.readline()
+    done.stdout.close()
+    assert done.wait() == 141
+
+
 @pytest.mark.parametrize("end", ["full", "closed"])
 def test_output_that_cannot_be_written_is_one_line_and_a_status(end, tmp_path):
     program = (
