@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# the machines that are lent must not use NVLink's multicast; nothing here needs it
+# nothing here needs NVLink's multicast, which not every host allows
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 if "--smoke" in sys.argv:
