@@ -15,13 +15,12 @@ LAYERS = """
     cli
     serve race integrations evaluation
     engine
-    decoding
+    decoding data
     models
     drafting
     modeling
     trees
     kernels
-    data
     config methods errors
 """
 HEIGHT = {room: -line for line, rooms in enumerate(LAYERS.strip().splitlines()) for room in rooms.split()}

@@ -12,10 +12,8 @@ The two take turns in one process; medians and 10th to 90th percentile in millis
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +24,8 @@ from torch import Tensor, nn
 from scripts.analysis.probe import target_of
 from scripts.bench.timing import in_turns
 from specextend import SpecExtend
+from specextend.cli import flags
+from specextend.errors import ConfigError
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.modeling.attention import flash_attention, masked_attention, masked_flash_attention, merge
@@ -38,11 +38,11 @@ REPEATS = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/cpu/layers.json"))
     output = parser.parse_args().output
     if not can_pack(nn.Linear(1, 1)):
-        sys.exit("this PyTorch has no oneDNN for float32 on this CPU: nothing to compare")
+        raise ConfigError("this PyTorch has no oneDNN for float32 on this CPU: nothing to compare")
     engine = SpecExtend.from_pretrained("bundled", device="cpu")
     with torch.inference_mode():
         record = {
@@ -131,4 +131,4 @@ def side_by_side(**runs: Callable[[], object]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -33,10 +33,11 @@ from scripts.bench.timing import captured, elapsed_ms, median_ms
 from scripts.bench.widened import widened
 from scripts.report.gpu import summary
 from specextend import RetrievalConfig, SpecExtend, SpecExtendConfig
+from specextend.cli import flags
 from specextend.config import TreeConfig
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import find_buckets, read_prompts
-from specextend.errors import SpecExtendError
+from specextend.errors import ConfigError
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.kernels import tree_attention
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1000, 2000, 4000, 8000, 16000])
@@ -75,11 +76,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("results/gpu"))
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.exit(2, f"{parser.prog}: there is no CUDA GPU here; scripts.bench.cpu measures a CPU\n")
-    try:
-        args.files = [list(find_buckets(folder).values())[-1] for folder in args.data_dir]  # the longest prompts
-    except SpecExtendError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        raise ConfigError("there is no CUDA GPU here; scripts.bench.cpu measures a CPU")
+    args.files = [list(find_buckets(folder).values())[-1] for folder in args.data_dir]  # the longest prompts
     return args
 
 
@@ -264,4 +262,4 @@ class Bench:
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.bench.timing import captured, median_ms
+from specextend.cli import flags
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.kernels.elementwise import Norm
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tokens", type=int, default=16000, help="committed, in the cache")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16")
@@ -298,4 +299,4 @@ def empty_llama(shape: Shape, dtype: torch.dtype, device: torch.device) -> Llama
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

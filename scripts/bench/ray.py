@@ -21,6 +21,7 @@ from pathlib import Path
 
 from scripts.bench.widened import widened
 from specextend import SpecExtend
+from specextend.cli import flags
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import Prompt
 from specextend.evaluation.journal import write_json
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to compare")
     parser.add_argument("--cpus_per_worker", type=int, default=None, help="1 on a CPU, a GPU's share beside it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -140,4 +141,4 @@ class Notes(Unwatched):
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -11,7 +11,6 @@ library's; the server's resident memory is read after every 50 requests and a li
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ import torch
 
 from scripts.bench.timing import in_turns
 from specextend import SamplingConfig, SpecExtend
+from specextend.cli import flags
 from specextend.data.builtin import builtin_text
 from specextend.evaluation.environment import ROOT, environment
 from specextend.evaluation.journal import write_json
@@ -47,7 +47,7 @@ SOAK_TOKENS = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--soak", type=int, metavar="REQUESTS", help="soak test instead of the overhead")
     parser.add_argument("--threads", type=int, help="of PyTorch on both sides; else its default")
     parser.add_argument("--output", type=Path, help="else under results/cpu/")
@@ -152,7 +152,7 @@ def _beside_library(runs: dict[str, Callable[[], str]], new_tokens: int) -> dict
 
 
 @dataclass(frozen=True)
-class Visit:
+class SoakRequest:
     """One request of the soak: what is sent, how the client behaves, and what must come back."""
 
     kind: str
@@ -162,13 +162,13 @@ class Visit:
 
 def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
     """Memory after every 50 of so many requests, and the line through it."""
-    visits = _visits(engine, requests)
+    planned = _planned(engine, requests)
     resident, outcomes = {0: server.resident_bytes()}, Counter()
     begin = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
         for start in range(0, requests, EVERY):
-            batch = visits[start : start + EVERY]
-            outcomes.update(pool.map(lambda visit: _pay(server, visit), batch))
+            batch = planned[start : start + EVERY]
+            outcomes.update(pool.map(lambda one: _send(server, one), batch))
             resident[start + len(batch)] = server.resident_bytes()
             print(f"{start + len(batch)} requests, {resident[start + len(batch)] / 2**20:.1f} MiB", file=sys.stderr)
     metrics = server.client.get("/metrics").text
@@ -177,7 +177,7 @@ def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
     return {
         "setting": {
             "model": "bundled", "requests": requests, "clients": CLIENTS, "new_tokens": SOAK_TOKENS,
-            "kinds": dict(Counter(visit.kind for visit in visits)),
+            "kinds": dict(Counter(one.kind for one in planned)),
             "fitted": f"from request {min(settled)} on",
         },
         "seconds": time.perf_counter() - begin,
@@ -190,9 +190,9 @@ def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
     }  # fmt: skip
 
 
-def _visits(engine: SpecExtend, requests: int) -> list[Visit]:
+def _planned(engine: SpecExtend, requests: int) -> list[SoakRequest]:
     """The requests, in an order that is the same every time; 16 different ones that are to be answered."""
-    text, chance = builtin_text(), random.Random(0)
+    text, rng = builtin_text(), random.Random(0)
     known = []
     for index in range(16):
         length = 2000 if index % 8 == 0 else 60 + 40 * index
@@ -208,29 +208,29 @@ def _visits(engine: SpecExtend, requests: int) -> list[Visit]:
             {"model": "bundled", "prompt": "x" * 300_000},
         ]
     )
-    visits = []
+    planned = []
     for _ in range(requests):
-        body, expected = chance.choice(known)
-        kind = chance.choices(("whole", "streamed", "hangs up", "malformed"), (50, 30, 10, 10))[0]
+        body, expected = rng.choice(known)
+        kind = rng.choices(("whole", "streamed", "hangs up", "malformed"), (50, 30, 10, 10))[0]
         if kind == "malformed":
-            visits.append(Visit(kind, next(broken), None))
+            planned.append(SoakRequest(kind, next(broken), None))
         elif kind == "hangs up":
-            visits.append(Visit(kind, body | {"max_tokens": 2000, "stream": True}, None))
+            planned.append(SoakRequest(kind, body | {"max_tokens": 2000, "stream": True}, None))
         else:
-            visits.append(Visit(kind, body | {"stream": kind == "streamed"}, expected))
-    return visits
+            planned.append(SoakRequest(kind, body | {"stream": kind == "streamed"}, expected))
+    return planned
 
 
-def _pay(server: Served, visit: Visit) -> str:
-    """What became of a visit, in a word."""
-    if visit.kind == "malformed":
-        status = server.client.post("/v1/completions", json=visit.body).status_code
+def _send(server: Served, one: SoakRequest) -> str:
+    """What became of a request, in a word."""
+    if one.kind == "malformed":
+        status = server.client.post("/v1/completions", json=one.body).status_code
         return "refused" if status in (400, 404) else f"malformed answered with {status}"
-    if visit.kind == "hangs up":
-        next(server.pieces(visit.body))  # and the connection closes
+    if one.kind == "hangs up":
+        next(server.pieces(one.body))  # and the connection closes
         return "hung up"
-    return "right answer" if server.complete(visit.body) == visit.expected else "WRONG ANSWER"
+    return "right answer" if server.complete(one.body) == one.expected else "WRONG ANSWER"
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

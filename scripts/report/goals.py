@@ -5,7 +5,6 @@ python -m scripts.report.goals
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from scripts.report.records import (
     read_records,
     shared,
 )
+from specextend.cli import flags
 
 WINDOW = "fa_hta_streaming"
 SHORT, FAR = ("512", "1K"), ("2K", "4K", "8K", "16K")
@@ -59,7 +59,7 @@ class Goal:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     results = parser.parse_args().results
     records = read_records(results)
@@ -249,4 +249,4 @@ DOCUMENTS = {
 }
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -36,6 +36,7 @@ from scripts.report.records import (
     title_of,
 )
 from scripts.report.style import LAYOUT, STYLES, line_of, note, save, shared_legend
+from specextend.cli import flags
 
 
 def main() -> None:
@@ -76,9 +77,9 @@ def document_figures(results: Path) -> Iterator[tuple[str, Figure]]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
-    parser.add_argument("--output", type=Path, help="folder for the figures (default: <results>/figures)")
+    parser.add_argument("--output", type=Path, help="folder for the figures; without it <results>/figures")
     return parser.parse_args()
 
 
@@ -157,4 +158,4 @@ def distinct(names: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from specextend.data.prompts import ALL_LENGTHS, parse_length
-from specextend.errors import SpecExtendError
+from specextend.errors import InputError, SpecExtendError
 from specextend.evaluation.aggregate import aggregate
 from specextend.evaluation.records import SampleRecord
 from specextend.methods import METHODS
@@ -48,7 +48,9 @@ def read_records(results: Path) -> pd.DataFrame:
     found = [attempt(path, lambda path=path: _journal(path, results)) for path in sorted(results.rglob("*.jsonl"))]
     rows = [row for journal in found if journal for row in journal]
     if not rows:
-        sys.exit(f"no records of eval_classic.py or eval_eagle.py under {results}")
+        raise InputError(
+            f"no records of eval_classic.py or eval_eagle.py under {results}; run one, or name another --results"
+        )
     records = pd.DataFrame(rows)
     others = [name for name in RUN if name != "tree"]  # chains belong to the run whose folder they lie in
     records["tree"] = records["tree"].fillna(records.groupby(others)["tree"].transform("first")).fillna("chains")

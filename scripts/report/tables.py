@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +38,8 @@ from scripts.report.records import (
     title_of,
     title_of_document,
 )
+from specextend.cli import flags
+from specextend.errors import InputError
 
 NAIVE = "autoregressive_hf"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.parser(__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records")
     parser.add_argument("--html", action="store_true", help="also REPORT.html, with the figures inside it")
     parser.add_argument("--readme", type=Path, help="file whose text between the results markers is replaced")
@@ -244,13 +245,13 @@ def arrows(figures: pd.DataFrame, name: str) -> str:
 
 
 def filled(readme: Path, text: str) -> str:
-    """The file with `text` between its markers; exit with one line where they are missing."""
+    """The file with `text` between its markers; InputError where they are missing."""
     content = readme.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1 or content.index(END) < content.index(BEGIN):
-        sys.exit(f"{readme} needs one {BEGIN} and one {END} after it; the results go between them")
+        raise InputError(f"{readme} needs one {BEGIN} and one {END} after it; the results go between them")
     before, _, rest = content.partition(BEGIN)
     return f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}"
 
 
 if __name__ == "__main__":
-    main()
+    flags.run(main)

@@ -17,7 +17,7 @@ from specextend.methods import name_of
 from specextend.models.presets import public_id
 
 if TYPE_CHECKING:
-    from specextend import SpecExtend
+    from specextend.engine import SpecExtend
 
 WARM_UP_NEW_TOKENS = 8
 SEEDS = 2**63

@@ -21,7 +21,7 @@ from specextend.evaluation.records import SampleRecord, Timing, Worker, first_di
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from specextend import SpecExtend
+    from specextend.engine import SpecExtend
     from specextend.decoding.output import Generation
 
 TRIES = 3  # for a generation that captures nothing

@@ -13,6 +13,7 @@ from made_records import record, timing, write_journal, write_results
 
 from scripts.report import goals, plots, tables
 from scripts.report.records import figures_of, leads, read_records, shared
+from specextend.errors import InputError
 from specextend.evaluation.records import SampleRecord, Worker
 
 
@@ -134,14 +135,14 @@ def test_a_damaged_file_is_named_in_one_line_and_left_out(results, run):
     named = run(goals, "--results", results)[1].splitlines()
     assert len(named) == 2 and str(broken) in named[1] and "needle.json" in named[0]
     assert run(plots, "--results", results)[1].count("\n") == 2
-    with pytest.raises(SystemExit, match="no records of eval_classic.py"):
+    with pytest.raises(InputError, match="no records of eval_classic.py"):
         run(tables, "--results", results / "nowhere")
 
 
 def test_a_readme_without_markers_is_left_alone_and_nothing_written(results, tmp_path, run):
     readme = tmp_path / "README.md"
     readme.write_text("no markers")
-    with pytest.raises(SystemExit, match="results:begin"):
+    with pytest.raises(InputError, match="results:begin"):
         run(tables, "--results", results, "--readme", readme)
     assert readme.read_text() == "no markers" and not (results / "REPORT.md").exists()
 
