@@ -260,12 +260,12 @@ def test_mistakes_that_workers_find_are_those_of_the_caller_wherever_it_stands(t
     script = tmp_path / "script.py"  # one cluster per process
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from specextend import cli\nfrom specextend.errors import ModelError\n"
-        "from specextend.ray_workers import RayWorkers\n"
+        "from specextend.cli.entry import run\nfrom specextend.errors import ModelError\n"
+        "from specextend.evaluation.ray_workers import RayWorkers\n"
         "def make(): raise ModelError('model nowhere is unknown')\n"
         "def main():\n"
         "    with RayWorkers(make, device='cpu', max_workers=1) as workers: workers.wait()\n"
-        "cli.run(main)\n"
+        "run(main)\n"
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "ModelError: model nowhere is unknown\n")
