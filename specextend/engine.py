@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import LogitsProcessor
 
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig, override, prefill_block
 from specextend.data.templates import Message, encode_chat, encode_prompt
+from specextend.decoding.backend import Backend
 from specextend.decoding.eager import EagerBackend
 from specextend.decoding.hugging_face import HuggingFace
 from specextend.decoding.loop import decode
@@ -40,6 +42,9 @@ from specextend.modeling.packed import return_freed_memory
 from specextend.modeling.rope import make_exact
 from specextend.modeling.target import Target
 from specextend.models.loading import LoadedModels, load_models
+
+if TYPE_CHECKING:  # Triton may be missing
+    from specextend.decoding.graphs import CapturedSteps
 
 GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured, the root included
@@ -74,13 +79,13 @@ class SpecExtend:
         alone = SpecExtendConfig.specextend(
             drafting="none", draft_cache="full", prefill_block=self.config.prefill_block
         )
-        self._autoregressive = self._decoding(alone, Drafter())
+        self._autoregressive = partial(decode, self._backend(alone, Drafter()))
         if self.config.drafting == "hugging_face":
             if models.ranks > 1:
                 raise ConfigError("transformers' own loop has no cache for a sharded target; choose another method")
             self._speculative: Decode | None = HuggingFace(models.target).decode
         else:
-            self._speculative = self._decoding(self.config, drafter) if drafter else None
+            self._speculative = partial(decode, self._backend(self.config, drafter)) if drafter else None
 
     @classmethod
     def from_pretrained(
@@ -235,6 +240,15 @@ class SpecExtend:
                 yield text.push(output.token_ids, last=output.finished)
                 self._require_open()
 
+    @contextmanager
+    def steps_after(self, prompt: Prompt, max_new_tokens: int) -> Iterator[CapturedSteps]:
+        """The captured steps in the state that `generate` leaves behind, to be run and timed one by one."""
+        if self.backend != "graphs":
+            raise ConfigError(f"there are no captured steps: {self.why_eager}")
+        self.generate(prompt, max_new_tokens)
+        with self.models.lock():
+            yield self._speculative.args[0].steps()
+
     def _require_open(self) -> None:
         if self._models is None:
             raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
@@ -244,16 +258,16 @@ class SpecExtend:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one", setting="draft_model")
         return self._speculative(output)
 
-    def _decoding(self, config: SpecExtendConfig, drafter: Drafter) -> Decode:
-        """The loop over the backend of a setting; all of its switches are resolved here."""
+    def _backend(self, config: SpecExtendConfig, drafter: Drafter) -> Backend:
+        """Who computes the steps of a setting; all of its switches are resolved here."""
         models, captured = self.models, not self.why_eager
         target = _build_target(models, config, self._cache, drafter.tap, fused=captured)
         parts = target, drafter, retriever(config.draft_cache, config.retrieval), config.slots
         if not captured:
-            return partial(decode, EagerBackend(*parts))
+            return EagerBackend(*parts)
         from specextend.decoding.graphs import GraphBackend
 
-        return partial(decode, GraphBackend(*parts, dense=not config.hybrid_tree_attention))
+        return GraphBackend(*parts, dense=not config.hybrid_tree_attention)
 
     def _begin(
         self, prompt: Prompt, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str],

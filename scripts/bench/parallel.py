@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 -m scripts.bench.parallel --smoke --output /tmp/parallel.json     # CPUs, gloo
 
 Random weights of a shape, made on every device; behind them a cache of random keys and values. Rank 0 measures the
-whole model first (`fused.FusedTarget`, what one GPU runs), then all ranks their shares (`sharded.ShardedFusedTarget`),
+whole model first (`FusedTarget`, what one GPU runs), then all ranks their shares (`ShardedFusedTarget`),
 with sums over ranks by NCCL and by the peers' memory, met at a barrier or inside the kernel that sums. On a GPU every
 step is a captured CUDA graph. What is left out of 70B are layers:
 time per layer and readout are what matters. Medians of steps that begin together; the slowest rank's count. Logits are
@@ -37,17 +37,14 @@ from specextend.cli import flags
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
 from specextend.kernels.elementwise import Norm
-from specextend.kernels.tree_attention import pack_mask
-from specextend.modeling import attention
+from specextend.kernels.tree import TreeNodes
 from specextend.modeling.cache import KVCache
-from specextend.modeling.fused_target import FusedTarget, Root
+from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.llama_blocks import Workspaces
-from specextend.modeling.target import Target
 from specextend.models import tensor_parallel
 from specextend.models.sharded_target import GroupReducer, PeerReducer, ShardedFusedTarget
 from specextend.models.tensor_parallel import Ranks
 from specextend.models.widen import SHAPES, Shape
-from specextend.trees.tree import DraftTree
 
 CASES = {
     "vicuna_7b": SHAPES["vicuna_7b"],
@@ -113,7 +110,9 @@ class Bench:
             keys_values = self._random_cache(shape)
             reference = None
             if not self._ranks.rank:
-                target = FusedTarget(self._target(model, keys_values), Workspaces(self._device), self._effort.slots)
+                target = FusedTarget(
+                    model, self._cache(model, keys_values), Workspaces(self._device), self._effort.slots
+                )
                 found["one"], reference = self._steps(target, together=False)
             self._write()
             if self._ranks.count == 1:
@@ -123,15 +122,21 @@ class Bench:
             del model
             heads = shape.kv_heads // self._ranks.count
             keys_values = keys_values[:, :, :, self._ranks.rank * heads : (self._ranks.rank + 1) * heads].clone()
-            target = self._target(share, keys_values)
+            cache = self._cache(share, keys_values)
             for kind, make in self._reducers(shape).items():
-                self._measure_shared(found, kind, make, target, shape, reference)
-        del share, target, keys_values
+                self._measure_shared(found, kind, make, (share, cache), shape, reference)
+        del share, cache, keys_values
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _measure_shared(
-        self, found: dict, kind: str, make: Callable, target: Target, shape: Shape, reference: Tensor | None
+        self,
+        found: dict,
+        kind: str,
+        make: Callable,
+        part: tuple[LlamaForCausalLM, KVCache],
+        shape: Shape,
+        reference: Tensor | None,
     ) -> None:
         failure, sums = None, None
         try:
@@ -144,7 +149,7 @@ class Bench:
             found[kind] = {"failed": next(filter(None, failures))}
             self._write()
             return
-        fused = ShardedFusedTarget(target, Workspaces(self._device), self._effort.slots, sums, shape.vocab)
+        fused = ShardedFusedTarget(*part, Workspaces(self._device), self._effort.slots, sums, shape.vocab)
         found[kind], logits = self._steps(fused, together=True)
         found[kind]["sum_us"] = self._sum_us(sums, shape)
         if reference is not None:
@@ -167,7 +172,7 @@ class Bench:
 
     def _steps(self, target: FusedTarget, *, together: bool) -> tuple[dict, Tensor]:
         """Milliseconds of a verification and of a token, and the verification's logits [T, V]."""
-        tree, root = Nodes(self._effort.slots, self._device), Root(self._device)
+        tree, root = (TreeNodes.chain(slots - 1, self._device) for slots in (self._effort.slots, 1))
         chosen = {nodes: torch.zeros_like(nodes.tokens) for nodes in (tree, root)}
         logits: dict[object, Tensor] = {}
 
@@ -217,11 +222,11 @@ class Bench:
         size = (2, shape.layers, 1, shape.kv_heads, self._effort.tokens + self._effort.slots, shape.head_dim)
         return torch.randn(size, generator=generator, dtype=self._dtype, device=self._device)
 
-    def _target(self, model: LlamaForCausalLM, keys_values: Tensor) -> Target:
+    def _cache(self, model: LlamaForCausalLM, keys_values: Tensor) -> KVCache:
         cache = KVCache(model.config, self._dtype, self._device)
-        cache._buffer, cache.length = keys_values, self._effort.tokens
-        hybrid = attention.attention(hybrid=True)
-        return Target(model, cache, hybrid, hybrid, None)
+        cache.reset(keys_values.shape[4])
+        cache.fill(*keys_values[..., : self._effort.tokens, :])
+        return cache
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -241,17 +246,6 @@ class Bench:
             }
             for name, found in self._record["shapes"].items()
         }
-
-
-class Nodes:
-    """A tree to verify: two branches below the root."""
-
-    def __init__(self, slots: int, device: torch.device):
-        tokens = torch.arange(slots, device=device) % 89
-        tree = DraftTree.from_parents(tokens, (torch.arange(slots, device=device) - 2).clamp(min=0).index_fill(
-            0, torch.zeros(1, dtype=torch.long, device=device), -1))  # fmt: skip
-        self.tokens, self.depth, self.slots = tokens, tree.depth.int(), slots
-        self.ancestor_bits = pack_mask(tree.ancestors)
 
 
 def random_llama(shape: Shape, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:

@@ -105,6 +105,10 @@ class GraphBackend:
         drafted, count, *emitted = self._report.tolist()
         return drafted, emitted[:count]
 
+    def steps(self) -> CapturedSteps:
+        """The steps as the last generation left them."""
+        return CapturedSteps(self._graphs, [*self._draft.state, self._target.cache.length])
+
     # --- what they capture ---
 
     def _refresh(self) -> None:
@@ -214,6 +218,25 @@ class GraphBackend:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._output.capture_s += time.perf_counter() - began
+
+
+class CapturedSteps:
+    """Captured steps one by one, for measurements; `restore` undoes what running them did to lengths and verdicts."""
+
+    def __init__(self, graphs: dict[str, Step], state: list[Tensor]):
+        self._graphs, self._state = graphs, state
+        self._saved = [value.clone() for value in state]
+
+    def names(self) -> list[str]:
+        """In the order of a round, "refresh" first where there is one."""
+        return list(self._graphs)
+
+    def run(self, name: str) -> None:
+        self._graphs[name]()
+
+    def restore(self) -> None:
+        for value, old in zip(self._state, self._saved, strict=True):
+            value.copy_(old)
 
 
 def tree_of(nodes: TreeNodes) -> DraftTree:

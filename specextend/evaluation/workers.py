@@ -21,8 +21,8 @@ from specextend.evaluation.records import SampleRecord, Timing, Worker, first_di
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from specextend.engine import SpecExtend
     from specextend.decoding.output import Generation
+    from specextend.engine import SpecExtend
 
 TRIES = 3  # for a generation that captures nothing
 Engines = Callable[[str | None], "SpecExtend"]  # the engine of a method, by its name

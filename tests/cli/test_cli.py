@@ -406,10 +406,10 @@ def test_text_is_printed_as_it_is(verbose, capsys):
 
     def generate(prompt, *, on_round):
         decode = {0: "", 1: text[:12], 2: text}
-        output = Output(3, 2, 0, frozenset(), (), lambda ids: decode[len(ids)], lambda: None)
+        output = Output(torch.tensor([1, 2, 3]), 2, frozenset(), (), lambda ids: decode[len(ids)])
         output.begin(torch.tensor(1))
         on_round(output, None)
-        on_round(output, output.append(1, torch.tensor([2]), torch.tensor(3)))
+        on_round(output, output.append(1, [2, 3], {}))
         return generation
 
     prompt = EncodedPrompt(torch.tensor([1, 2, 3]), "[file]:1", 3)
@@ -471,7 +471,7 @@ def test_a_text_larger_than_any_prompt_is_refused_untokenized(classic, tmp_path,
     file.write_text(json.dumps({"text": "word " * 10_000}) + "\n")
     monkeypatch.setattr(commands.SpecExtend, "encode", lambda *_: pytest.fail("tokenized"))
     status, _, err = classic("-i", file, "--input_len", "100")
-    assert status == 2 and err.count("\n") == 1 and "huge.jsonl:1 has 50,000 characters" in err and "16,384" in err
+    assert status == 2 and err.count("\n") == 1 and "huge.jsonl:1 has 50,000 characters" in err and "shorten it" in err
 
 
 def test_long_work_says_what_goes_on_where_there_is_no_terminal(capsys, monkeypatch):
