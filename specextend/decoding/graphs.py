@@ -234,6 +234,7 @@ class CapturedSteps:
     def run(self, name: str) -> None:
         self._graphs[name]()
 
+    @torch.inference_mode()
     def restore(self) -> None:
         for value, old in zip(self._state, self._saved, strict=True):
             value.copy_(old)

@@ -48,9 +48,9 @@ class SparseTarget(Target):
     def position(self) -> int:
         return self.cache.length + self._left_out
 
-    def begin(self) -> None:
-        """Forget the last prompt; `choose` comes before anything is drafted."""
-        self.cache.reset(self._capacity)
+    def begin(self, extra_slots: int = 0) -> None:
+        """Forget the last prompt; `choose` comes before anything is drafted, `extra_slots` more than in a round."""
+        self.cache.reset(self._capacity + extra_slots)
 
     def choose(self, positions: Tensor) -> None:
         """Attend to the tokens at `positions` [m] of the context, and to those that follow."""

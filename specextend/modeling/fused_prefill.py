@@ -22,20 +22,20 @@ class FusedPrefillTarget(Target):
 
     def _read(self, block: Tensor) -> Tensor:
         decoder, start = self.model.get_decoder(), self.cache.length
-        entering, features = (self._tap and self._tap.entering) or (), []
+        entering = (self._tap and self._tap.entering) or ()
+        entered: dict[int, Tensor] = {}
         length = torch.full((), start, device=block.device)
         tables = self._rope.tables(start + len(block))
         hidden = decoder.embed_tokens(block)
         for index, layer in enumerate(self._layers):
             if index in entering:
-                features.append(hidden.clone())
+                entered[index] = hidden.clone()
             keys, values = self.cache.buffer[:, index, 0]
             query, lse = layer.run(hidden, KeyValue(keys, values, length), start, tables)
         norm = as_norm(decoder.norm)
-        if len(self._layers) in entering:
-            features.append(hidden)
+        entered[len(self._layers)] = hidden
         if self._tap:  # who names no layer reads the final state
-            self._tap.collect(features or [rms_norm(hidden, norm)])
+            self._tap.collect([entered[layer] for layer in entering] or [rms_norm(hidden, norm)])
         self._last_layer = LastLayer.newest(query, lse, layer.scaling, 1)
         return self.model.get_output_embeddings()(rms_norm(hidden[-1:], norm))
 

@@ -102,6 +102,8 @@ def test_processors_and_growing_caches(both, make_model, perturbed, make_prompt,
 
 
 class Log(Observer):
+    """What is told, whatever the order of a tree's nodes: nodes are the tokens on the way to them."""
+
     def __init__(self):
         self.told = []
 
@@ -109,13 +111,15 @@ class Log(Observer):
         self.told.append(("refreshed", round, positions.tolist(), context))
 
     def drafted(self, tree):
-        self.told.append(("drafted", tree.tokens.tolist(), tree.parents.tolist()))
+        self._nodes = [tuple(tree.tokens[row].tolist()) for row in tree.ancestors]
+        self.told.append(("drafted", sorted(self._nodes)))
 
     def verified(self, tree, logits):
-        self.told.append(("verified", tree.depth.tolist(), logits.argmax(-1).tolist()))
+        choices = zip(self._nodes, logits.argmax(-1).tolist(), strict=True)
+        self.told.append(("verified", sorted(choices)))
 
     def accepted(self, path):
-        self.told.append(("accepted", path.tolist()))
+        self.told.append(("accepted", [self._nodes[node] for node in path.tolist()]))
 
 
 def test_observers_are_told_the_same(both, make_model, perturbed, make_prompt):

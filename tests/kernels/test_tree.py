@@ -43,7 +43,7 @@ class Draft:
 
 def by_kernels(config: TreeConfig, draft: Draft, buffers: TreeBuffers | None = None) -> TreeBuffers:
     buffers = buffers or TreeBuffers(config, draft.vocab, DEVICE)
-    buffers.begin()
+    buffers.sprout()
     for level in range(config.max_depth):
         logits = draft.level(buffers.level_tokens, buffers.below) if level else draft.root()
         buffers.add_level(logits, level)
@@ -109,7 +109,7 @@ def test_children_are_the_most_probable_the_first_of_equals_first(row, dtype):
     vocab, width = 9001, 50
     logits = row(vocab).to(DEVICE, dtype)[None]
     buffers = TreeBuffers(TreeConfig(width, 1, 0.0), vocab, DEVICE)
-    buffers.begin()
+    buffers.sprout()
     buffers.add_level(logits, 0)
     wanted = logits[0].sort(descending=True, stable=True).indices[:width]
     assert set(buffers.child_tokens[0, :width].tolist()) == set(wanted.tolist())
@@ -149,5 +149,5 @@ def test_one_set_of_buffers_serves_tree_after_tree():
     config = TreeConfig(12, 4, 0.1)
     buffers = by_kernels(config, Draft(40, 2.0, 0))
     again, fresh = by_kernels(config, Draft(40, 2.0, 1), buffers), by_kernels(config, Draft(40, 2.0, 1))
-    for name in ("tokens", "parents", "depth", "used", "words"):
+    for name in ("tokens", "parents", "depth", "used", "ancestor_bits"):
         assert torch.equal(getattr(again, name), getattr(fresh, name)), name

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from race_svg import STYLE, race_svg, runs
 
+from scripts.report.race_svg import STYLE, race_svg, runs
 from specextend.race.page import embedded, replay_page
 from specextend.race.record import Lane, Race, Selection, Step
 
