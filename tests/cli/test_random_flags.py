@@ -82,8 +82,8 @@ def pair_dirs(tmp_path_factory, make_model) -> tuple[Path, Path]:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    for name, seed in (("target", 0), ("draft", 1)):
-        make_model("gqa", seed, vocab_size=257, max_position_embeddings=LIMIT, eos_token_id=256).save_pretrained(
+    for name, number in (("target", 0), ("draft", 1)):
+        make_model("gqa", number, vocab_size=257, max_position_embeddings=LIMIT, eos_token_id=256).save_pretrained(
             folder / name
         )
         tokenizer.save_pretrained(folder / name)
