@@ -6,14 +6,11 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from specextend.data.prompts import ALL_LENGTHS, parse_length
-
-if TYPE_CHECKING:
-    pass
 from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord, Stretch, Timing
 
 CLOCKED = (  # figures of a length that depend on how fast the machine is
@@ -27,8 +24,8 @@ def aggregate(records: Iterable[SampleRecord]) -> dict[str, dict[str, Any]]:
 
     Rates are ratios of totals (all tokens of a length over all its seconds) and speed-ups ratios of such rates, so that
     a short answer does not weigh as much as a long one; `speedup_mean_of_ratios` is the mean over records instead.
-    Spread is over samples, the runs of a sample pooled. Records whose workers' `conditions` differ, or are known of
-    some alone, have no speeds in common: such figures are null.
+    Spread is over samples, the runs of a sample pooled. Records whose workers' `conditions` differ have no speeds in
+    common: such figures are null.
     """
     buckets: defaultdict[str, list[SampleRecord]] = defaultdict(list)
     for record in records:
@@ -37,7 +34,9 @@ def aggregate(records: Iterable[SampleRecord]) -> dict[str, dict[str, Any]]:
     for bucket in sorted(buckets, key=_nominal_tokens):
         counts = sorted({_workers_on_host(record) for record in buckets[bucket]})
         measured = _aggregate_bucket(buckets[bucket])
-        mixed = len({record.worker and record.worker.conditions for record in buckets[bucket]}) > 1
+        # a record from before there were workers was measured by one process alone; its journal names the processor
+        named = {record.worker.conditions for record in buckets[bucket] if record.worker}
+        mixed = len(counts) > 1 or len(named) > 1
         figures[bucket] = (_without_speeds(measured) if mixed else measured) | {"workers_on_host": counts}
     return figures
 

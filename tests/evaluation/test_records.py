@@ -247,9 +247,11 @@ def test_figures_that_a_clock_had_no_part_in_outlive_a_mixture_of_workers():
         assert found["spread"]["speedup_decode"]["p10"] is None and set(found["stages_s"].values()) == {None}
     alike = aggregate([measured(2, 1), record(sample=5, worker=Worker(1, "other", 2, 1, "cpu"))])["1K"]
     assert alike["speedup"] and alike["workers_on_host"] == [2]
-    # records from before workers had names compare with each other alone
-    assert aggregate([record(), record(sample=1)])["1K"]["speedup"]
-    assert aggregate([record(), measured(1, 1)])["1K"]["speedup"] is None
+    # records from before there were workers are of one process alone: they compare with another such, not with two
+    old = record(sample=6, worker=None)
+    assert (
+        aggregate([old, measured(1, 1)])["1K"]["speedup"] and aggregate([old, measured(2, 1)])["1K"]["speedup"] is None
+    )
 
 
 def test_json_is_replaced_as_a_whole(tmp_path):
