@@ -11,7 +11,7 @@ from conftest import backend_of
 from specextend.cli import commands, flags
 from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.decoding.hugging_face import plain_twin
-from specextend.drafting.prompt_lookup import continuation
+from specextend.drafting.ngrams import continuation
 from specextend.drafting.self_speculation import HierarchicalDrafter
 from specextend.errors import ConfigError
 from specextend.methods import METHODS, find_method, name_of
@@ -89,7 +89,7 @@ def test_autoregressive_methods_take_one_round_per_token(engine_of, make_prompt)
     for method in ("autoregressive", "autoregressive_hf"):
         result = engine_of(method).generate(make_prompt(50), 20)
         assert [(one.drafted, one.accepted, len(one.tokens)) for one in result.rounds] == [(0, 0, 1)] * 19
-        assert set(result.prefill_seconds) == {"target"} and all(one.seconds["verify"] > 0 for one in result.rounds)
+        assert "target" in result.prefill_seconds and all(one.seconds["verify"] > 0 for one in result.rounds)
 
 
 def test_hugging_face_decodes_eagerly_on_the_same_weights_unpacked(bundled_models):
@@ -128,7 +128,9 @@ def test_methods_end_where_autoregressive_decoding_ends(method, end, make_model,
     ],
 )
 def test_continuation_follows_the_longest_and_latest_match(context, expected):
-    assert continuation(torch.tensor(context), 3).tolist() == expected
+    for spare in (0, 5):  # what lies behind the context in a buffer is nothing
+        tokens, exist = continuation(torch.tensor([*context, *[2] * spare]), torch.tensor(len(context)), 3)
+        assert tokens[exist].tolist() == expected
 
 
 def test_prompt_lookup_proposes_nothing_for_new_tokens_and_all_of_a_loop(make_model, make_engine, make_prompt):
@@ -202,12 +204,20 @@ def test_contradicting_and_unknown_methods_are_refused():
         find_method("medusa")
 
 
-def test_list_methods_prints_a_line_each_and_exits_0(capsys):
+def test_list_methods_prints_a_line_each_and_exits_0(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as stopped:
         parse("--list_methods")
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0
     assert [line.split()[0] for line in lines] == list(METHODS) and all(len(line.split()) > 2 for line in lines)
+
+    monkeypatch.setenv("COLUMNS", "60")  # longer lines go on below their beginning
+    with pytest.raises(SystemExit):
+        parse("--list_methods")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(METHODS)
+    assert max(map(len, lines)) <= 60
 
 
 def test_a_self_draft_over_the_full_cache_is_refused():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from specextend.modeling.packed import PackedLinear
 
@@ -20,7 +21,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in _weights(model):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().reshape(-1)
+        weight = weight.to_local() if isinstance(weight, DTensor) else weight  # of a sharded target: this rank's share
+        flat = weight.data.reshape(-1)
         some = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
         digest.update(some.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()[:DIGITS]

@@ -111,7 +111,7 @@ def test_token_beyond_the_capacity_is_our_own_mistake(make_model):
 
 def test_cache_too_large_for_the_memory_says_so_and_stays_usable(make_model):
     cache = make_cache(make_model, 8)
-    with pytest.raises(CapacityError, match=r"KV cache of 1000000000000 tokens needs 5\d+\.0 GB.*--input_len"):
+    with pytest.raises(CapacityError, match=r"KV cache of 1000000000000 tokens needs 5\d+\.0 GB.*a shorter prompt"):
         cache.reset(10**12)
     cache.reset(8)
     write(cache, [1, 2], 0)
