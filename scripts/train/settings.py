@@ -72,6 +72,7 @@ class Settings:
     log_steps: int = 200
     validations: int = 8  # per training stage
     checkpoint_seconds: float = 120.0
+    step_seconds: float = 0.0  # what a step counts as in the budgets; 0 measures it
 
     measure_windows: int = 40
     measure_prompts: int = 64

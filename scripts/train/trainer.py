@@ -72,6 +72,23 @@ class BudgetClock:
             torch.cuda.synchronize()
 
 
+class StepClock:
+    """Counts every step as so many seconds: a run that does not depend on how fast the machine is."""
+
+    def __init__(self, steps: Callable[[], int], seconds: float):
+        self._steps, self._seconds = steps, seconds
+
+    @property
+    def elapsed(self) -> float:
+        return self._steps() * self._seconds
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
 class Trainer:
     """Trains `model` for `seconds`; its whole state can be saved to and resumed from `checkpoint`."""
 
@@ -83,8 +100,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.optimizers = make_optimizers(model, settings)
         self.base_lrs = [settings.matrix_lr, settings.adam_lr]
-        self.clock = BudgetClock(self.device)
         self.steps = 0
+        self.clock = self._clock(settings)
         self.curve: list[dict] = []
         self.validations: list[dict] = []
         self.phase_records: dict[str, dict] = {}
@@ -181,6 +198,11 @@ class Trainer:
             self._save()
         self.clock.start()
 
+    def _clock(self, settings: Settings, elapsed: float = 0.0) -> BudgetClock | StepClock:
+        if settings.step_seconds:
+            return StepClock(lambda: self.steps, settings.step_seconds)
+        return BudgetClock(self.device, elapsed)
+
     def _validate(self, phase: Phase) -> None:
         with torch.no_grad(), autocast(self.device):
             figures = {name: round(value, 4) for name, value in self.task.validate(phase).items()}
@@ -207,7 +229,7 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         progress = state["progress"]
-        self.clock = BudgetClock(self.device, progress["elapsed"])
+        self.clock = self._clock(self.settings, progress["elapsed"])
         self.saved_at = self.validated_at = progress["elapsed"]
         self.steps, self.curve = progress["steps"], progress["curve"]
         self.validations, self.phase_records = progress["validation"], progress["phases"]

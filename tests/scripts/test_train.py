@@ -42,7 +42,7 @@ TINY = {
     "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
     "draft_seconds": 0.7, "eagle1_seconds": 0.7, "eagle3_seconds": 0.7, "eagle_batch": 4, "eagle_vocab": 200,
     "eagle_layers": "0,1,2", "eagle_steps": 3, "warmup_steps": 5, "uncounted_steps": 2, "log_steps": 5,
-    "validations": 2, "checkpoint_seconds": 0.5, "measure_windows": 2, "measure_prompts": 3,
+    "validations": 2, "checkpoint_seconds": 0.5, "step_seconds": 0.01, "measure_windows": 2, "measure_prompts": 3,
 }  # fmt: skip
 
 
