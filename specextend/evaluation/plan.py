@@ -100,7 +100,10 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
         "model": public_name(models.name),
         "target": public_name(models.target_id),
         "draft": public_name(models.draft_id or "none"),
-        "weights": {"target": fingerprint(models.target), "draft": models.draft and fingerprint(models.draft)},
+        "weights": {  # of a sharded target no rank has all
+            "target": fingerprint(models.target) if models.ranks == 1 else None,
+            "draft": models.draft and fingerprint(models.draft),
+        },
         "dtype": str(models.dtype).removeprefix("torch."),
         "device": models.device.type,
         **({"ranks": models.ranks} if models.ranks > 1 else {}),
