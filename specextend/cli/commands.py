@@ -23,9 +23,9 @@ from specextend.data.prepare import ensure_data
 from specextend.data.prompts import read_prompts
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, WorkerError
-from specextend.evaluation import ranks
 from specextend.evaluation.files import check_output
 from specextend.evaluation.plan import DEFAULT_FOLDER, Plan, read_buckets, require_positive
+from specextend.evaluation.ranks import Leader, follow
 from specextend.evaluation.run import check_outputs, evaluate
 from specextend.evaluation.workers import LocalWorker, Workers
 from specextend.methods import METHODS, name_of
@@ -168,7 +168,7 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
     ranks = flags.ranks_from(args)
     if ranks and ranks.rank:
-        ranks.follow(Engines(args, load))
+        follow(Engines(args, load))
         return tensor_parallel.leave()
     _check(args)
     typed = getattr(args, "max_gen_len", 1)
@@ -230,7 +230,7 @@ def _workers(args: argparse.Namespace, make: Callable[[], Engines]) -> AbstractC
         for flag, value in given.items():
             if value is not None:
                 raise ConfigError(f"--{flag} is of no use without --ray")
-        return ranks.Leader(make()) if args.tensor_parallel else nullcontext(LocalWorker(make()))
+        return Leader(make()) if args.tensor_parallel else nullcontext(LocalWorker(make()))
     if args.tensor_parallel:
         raise ConfigError("--ray and --tensor_parallel cannot be combined: a worker of Ray has one device")
     if importlib.util.find_spec("ray") is None:
