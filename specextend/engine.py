@@ -10,7 +10,6 @@ import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,7 +49,6 @@ GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured, the root included
 OnRound = Callable[[Output, Round | None], None]
 Prompt = str | Tensor | Sequence[int]
-Decode = Callable[[Output], Iterator[Round | None]]
 
 
 class SpecExtend:
@@ -79,13 +77,13 @@ class SpecExtend:
         alone = SpecExtendConfig.specextend(
             drafting="none", draft_cache="full", prefill_block=self.config.prefill_block
         )
-        self._autoregressive = partial(decode, self._backend(alone, Drafter()))
+        self._baseline: Backend | None = self._backend(alone, Drafter())
         if self.config.drafting == "hugging_face":
             if models.ranks > 1:
                 raise ConfigError("transformers' own loop has no cache for a sharded target; choose another method")
-            self._speculative: Decode | None = HuggingFace(models.target).decode
+            self._method: Backend | HuggingFace | None = HuggingFace(models.target)
         else:
-            self._speculative = partial(decode, self._backend(self.config, drafter)) if drafter else None
+            self._method = self._backend(self.config, drafter) if drafter else None
 
     @classmethod
     def from_pretrained(
@@ -128,7 +126,7 @@ class SpecExtend:
             return
         lock, device = self._models.lock, self._models.device
         with nullcontext() if lock.is_mine() else lock():  # a stream left open in this thread ends here
-            self._models = self._cache = self._speculative = self._autoregressive = None
+            self._models = self._cache = self._method = self._baseline = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -226,7 +224,7 @@ class SpecExtend:
         """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline."""
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until, depth=0)
-            return self._finish(self._autoregressive(output), output, on_round)
+            return self._finish(decode(self._baseline, output), output, on_round)
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation.
@@ -247,16 +245,18 @@ class SpecExtend:
             raise ConfigError(f"there are no captured steps: {self.why_eager}")
         self.generate(prompt, max_new_tokens)
         with self.models.lock():
-            yield self._speculative.args[0].steps()
+            yield self._method.steps()
 
     def _require_open(self) -> None:
         if self._models is None:
             raise InputError("this engine is closed; make another with SpecExtend.from_pretrained")
 
     def _speculate(self, output: Output) -> Iterator[Round | None]:
-        if self._speculative is None:
+        if self._method is None:
             raise ModelError(f"{self.models.name} was loaded without a draft model; name one", setting="draft_model")
-        return self._speculative(output)
+        if isinstance(self._method, HuggingFace):
+            return self._method.decode(output)
+        return decode(self._method, output)
 
     def _backend(self, config: SpecExtendConfig, drafter: Drafter) -> Backend:
         """Who computes the steps of a setting; all of its switches are resolved here."""

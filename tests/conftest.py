@@ -183,7 +183,7 @@ def make_engine() -> Callable[..., SpecExtend]:
 
 def backend_of(engine: SpecExtend):
     """The backend that an engine speculates with, for tests that look inside."""
-    return engine._speculative.args[0]
+    return engine._method
 
 
 @pytest.fixture(scope="session")

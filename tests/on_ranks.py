@@ -80,7 +80,7 @@ def main() -> None:
         seen[path.name] = generations(models)
         engine = SpecExtend(models, CONFIGS["specextend"])
         engine.generate(prompts()[0], 4)
-        seen[f"{path.name} row"] = engine._speculative.args[0]._target.attention_row().tolist()
+        seen[f"{path.name} row"] = engine._method._target.attention_row().tolist()
         seen[f"{path.name} cache"] = list(engine._cache.buffer.shape)
     seen["parted"] = parted(models, ranks)
 

@@ -1,4 +1,4 @@
-"""What the decode loop asks of whoever computes its steps."""
+"""What the decode loop asks of whoever computes its steps, and what all of those do alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from specextend.config import RoundSlots
+from specextend.decoding.clock import StageClock
 from specextend.decoding.output import Output
+from specextend.drafting.drafter import Drafter
+from specextend.modeling.target import Target
+from specextend.trees.tree import DraftTree
 
 RESERVED = 4096  # new tokens that the caches have room for at first; they grow when more are written
 
@@ -43,6 +47,18 @@ class Backend(Protocol):
 
     def read(self) -> tuple[int, list[int]]:
         """Nodes drafted, and the round's tokens, the bonus token last; the one time that the host waits."""
+
+
+def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int) -> Tensor:
+    """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token []."""
+    clock = StageClock(target.model.device)
+    logits = target.prefill(output.prompt, extra_slots)
+    first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
+    clock.mark("target")
+    drafter.prefill(output.prompt, first, extra_slots)
+    clock.mark("draft")
+    output.prefill_seconds = clock.stage_seconds()
+    return first
 
 
 class Reservation:

@@ -5,15 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from specextend.config import RoundSlots
-from specextend.decoding.backend import Reservation
-from specextend.decoding.clock import StageClock
-from specextend.decoding.observer import Observer
+from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
 from specextend.trees.acceptance import accept
-from specextend.trees.tree import DraftTree
 
 
 class EagerBackend:
@@ -28,19 +25,10 @@ class EagerBackend:
     def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots):
         self.device = target.model.device
         self._target, self._drafter, self._retriever, self._slots = target, drafter, retriever, slots
-        self._observer: Observer | None = None
 
     def prefill(self, output: Output) -> Tensor:
-        self._output, self._observer = output, output.observer
-        self._reserved = Reservation(output, self._slots)
-        clock, extra = StageClock(self.device), self._reserved.extra_slots
-        logits = self._target.prefill(output.prompt, extra)
-        first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
-        clock.mark("target")
-        self._drafter.prefill(output.prompt, first, extra)
-        clock.mark("draft")
-        output.prefill_seconds = clock.stage_seconds()
-        return first
+        self._output, self._reserved = output, Reservation(output, self._slots)
+        return read_prompt(output, self._target, self._drafter, self._reserved.extra_slots)
 
     def refresh_is_due(self) -> bool:
         return self._retriever.is_due(len(self._output.rounds), self._output.context)
@@ -49,8 +37,8 @@ class EagerBackend:
         context = self._drafter.context
         positions = self._retriever.select(self._target.attention_row, context)
         self._drafter.refresh(positions)
-        if self._observer:
-            self._observer.refreshed(len(self._output.rounds), positions, context)
+        if self._output.observer:
+            self._output.observer.refreshed(len(self._output.rounds), positions, context)
 
     def draft(self) -> None:
         if self._reserved.is_short(self._output.context):
@@ -58,21 +46,21 @@ class EagerBackend:
             self._target.cache.require(self._reserved.tokens + self._slots.verify)
             self._drafter.require(self._reserved.tokens + self._slots.verify)
         self._tree = self._drafter.propose()
-        if self._observer:
-            self._observer.drafted(self._tree)
+        if self._output.observer:
+            self._output.observer.drafted(self._tree)
 
     def verify(self) -> None:
         logits = self._target.verify(self._tree)
         self._chosen = self._output.choose(logits, self._tree, self._output.new_tokens)
-        if self._observer:
-            self._observer.verified(self._tree, logits)
+        if self._output.observer:
+            self._output.observer.verified(self._tree, logits)
 
     def accept(self) -> None:
         self._accepted = accept(self._tree, self._chosen)
         self._target.commit(self._accepted.path)
         self._drafter.commit(self._accepted)
-        if self._observer:
-            self._observer.accepted(self._accepted.path)
+        if self._output.observer:
+            self._output.observer.accepted(self._accepted.path)
 
     def read(self) -> tuple[int, list[int]]:
         return len(self._tree) - 1, [*self._accepted.tokens.tolist(), int(self._accepted.bonus)]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from specextend.config import RoundSlots
-from specextend.decoding.backend import Reservation
-from specextend.decoding.clock import StageClock
+from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
 from specextend.drafting.captured import CapturedDraft, span_for
 from specextend.drafting.drafter import Drafter
@@ -50,20 +49,13 @@ class GraphBackend:
     # --- the steps of a round ---
 
     def prefill(self, output: Output) -> Tensor:
-        self._output = output
-        self._reserved = Reservation(output, self._slots)
-        clock, extra = StageClock(self.device), self._reserved.extra_slots
-        logits = self._host_target.prefill(output.prompt, extra)
-        first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
-        clock.mark("target")
-        self._drafter.prefill(output.prompt, first, extra)
-        clock.mark("draft")
-        output.prefill_seconds = clock.stage_seconds()
-        with self._capturing():
-            stale = self._build() or not self._is_current
-            self._begin(first)
-            if self._limit_span() or stale:
-                self._capture()
+        self._output, self._reserved = output, Reservation(output, self._slots)
+        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots)
+        if self._draft is None:
+            self._build()
+        self._begin(first)
+        if self._limit_span() or not self._graphs:
+            self._capture()
         return first
 
     def refresh_is_due(self) -> bool:
@@ -128,20 +120,18 @@ class GraphBackend:
 
     # --- building and capturing them ---
 
-    def _build(self) -> bool:
+    def _build(self) -> None:
         """Make the captured parts, once the prefill has given the caches their buffers."""
-        if self._draft is not None:
-            return False
         workspaces = Workspaces(self.device)
-        self._draft = self._drafter.captured(workspaces)
-        slots = self._draft.nodes.slots
-        self._target = FusedTarget(
-            self._host_target.model, self._host_target.cache, workspaces, slots, self._drafter.tap
-        )
+        with self._capturing():
+            self._draft = self._drafter.captured(workspaces)
+            slots = self._draft.nodes.slots
+            self._target = FusedTarget(
+                self._host_target.model, self._host_target.cache, workspaces, slots, self._drafter.tap
+            )
         self._chosen = torch.zeros(slots, dtype=torch.int64, device=self.device)
         report, cuda = self._draft.nodes.report, self.device.type == "cuda"
         self._report = torch.zeros(len(report), dtype=report.dtype, pin_memory=cuda)  # where the host reads it
-        return True
 
     def _begin(self, first: Tensor) -> None:
         self._draft.require(self._reserved.tokens)
@@ -168,16 +158,15 @@ class GraphBackend:
 
     def _grow(self) -> None:
         """More room in every cache; what the device knows of their contents stays."""
-        with self._capturing():
-            for cache in (self._target.cache, *self._draft.caches):
-                cache.tell_host()
-            self._reserved.grow(self._output.context)
-            self._host_target.cache.require(self._reserved.tokens + self._slots.verify)
-            self._drafter.require(self._reserved.tokens + self._slots.verify)
-            self._draft.require(self._reserved.tokens)
-            self._rebind()
-            self._limit_span()
-            self._capture()
+        for cache in (self._target.cache, *self._draft.caches):
+            cache.tell_host()
+        self._reserved.grow(self._output.context)
+        self._host_target.cache.require(self._reserved.tokens + self._slots.verify)
+        self._drafter.require(self._reserved.tokens + self._slots.verify)
+        self._draft.require(self._reserved.tokens)
+        self._rebind()
+        self._limit_span()
+        self._capture()
 
     def _capture(self) -> None:
         """Run every step once, so that all kernels are there, then capture it; the caches' contents stay."""
@@ -197,14 +186,15 @@ class GraphBackend:
                 step()
             self._graphs[name] = graph.replay
 
-        for handle in (run, capture):
-            if self._retriever.is_due(0, 0):
-                handle("refresh", self._refresh)
-            self._draft.draft(handle, every_level=True)
-            handle("verify", self._verify)
-            handle("accept", self._accept)
-            for value, old in zip(state, saved, strict=True):
-                value.copy_(old)
+        with self._capturing():
+            for handle in (run, capture):
+                if self._retriever.is_due(0, 0):  # a draft that keeps everything is never refreshed
+                    handle("refresh", self._refresh)
+                self._draft.draft(handle, every_level=True)
+                handle("verify", self._verify)
+                handle("accept", self._accept)
+                for value, old in zip(state, saved, strict=True):
+                    value.copy_(old)
 
     def _run(self, name: str, step: Step) -> None:
         """Replay a step; run it as it is where nothing is captured."""

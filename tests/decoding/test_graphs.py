@@ -64,6 +64,7 @@ def test_every_method_decodes_alike(method, both, make_model, perturbed, make_pr
     engines = both(target, perturbed(target, 0.3), config)
     for length in (21, 9):  # a second prompt finds the buffers as the first left them
         assert_same(*engines, make_prompt(length), 5)
+    assert engines[1].generate(make_prompt(9), 2).capture_s == 0  # nothing was left to build
 
 
 @settings(max_examples=6)
