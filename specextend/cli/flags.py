@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from typing import Any, get_type_hints
 
 from specextend.cli.entry import run as run
+from specextend.cli.flag_names import FLAGS
 from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError
@@ -19,43 +21,27 @@ from specextend.models.placement import DTYPES
 from specextend.models.presets import PRESETS
 from specextend.models.widen import PAIRS
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of a config that has a flag; type and default are the field's own.
-
-    Args:
-        part: where `SpecExtendConfig` holds it, "" for its own fields.
-        name: the field, where the flag is called otherwise.
-    """
-
-    config: type
-    part: str
-    text: str
-    name: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-
+PARTS = {"": SpecExtendConfig, "tree": TreeConfig, "retrieval": RetrievalConfig, "sampling": SamplingConfig}
 SWITCH = {"action": argparse.BooleanOptionalAction}
-SETTINGS = {
-    "flash_prefill": Setting(SpecExtendConfig, "", "FlashAttention for the prefill of target and draft", "", SWITCH),
-    "hybrid_tree_attention": Setting(SpecExtendConfig, "", "Hybrid Tree Attention for verification", "", SWITCH),
-    "draft_cache": Setting(SpecExtendConfig, "", "what the draft attends to", "", {"choices": DRAFT_CACHES}),
-    "draft_window": Setting(SpecExtendConfig, "", "sliding window of the draft's prefill in tokens, 0: no window"),
-    "prefill_block": Setting(SpecExtendConfig, "", "tokens per block of the prefill, 0: chosen for the device"),
-    "nodes": Setting(TreeConfig, "tree", "draft tokens per tree"),
-    "max_depth": Setting(TreeConfig, "tree", "levels per tree"),
-    "threshold": Setting(TreeConfig, "tree", "expected accepted tokens that one more level must add"),
-    "min_probability": Setting(TreeConfig, "tree", "leave out nodes that are less probable than this"),
-    "retrieval_chunk_size": Setting(RetrievalConfig, "retrieval", "tokens per retrieved chunk", "chunk_size"),
-    "retrieve_top_k": Setting(RetrievalConfig, "retrieval", "chunks the draft attends to", "top_k"),
-    "retrieve_every_n_steps": Setting(RetrievalConfig, "retrieval", "rounds between two retrievals", "every_n_steps"),
-    "retrieval_sink": Setting(RetrievalConfig, "retrieval", "first chunks, always kept", "sink"),
-    "retrieval_recent": Setting(RetrievalConfig, "retrieval", "newest chunks, always kept", "recent"),
-    "temperature": Setting(SamplingConfig, "sampling", "sampling temperature, 0: greedy"),
-    "top_p": Setting(SamplingConfig, "sampling", "nucleus sampling: probability mass to choose from, 1: all"),
-    "top_k": Setting(SamplingConfig, "sampling", "number of most probable tokens to choose from, 0: all"),
-    "seed": Setting(SamplingConfig, "sampling", "random seed of sampling"),
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # what `FLAGS` has a flag for: help, and options of the flag
+    "flash_prefill": ("FlashAttention for the prefill of target and draft", SWITCH),
+    "hybrid_tree_attention": ("Hybrid Tree Attention for verification", SWITCH),
+    "draft_cache": ("what the draft attends to", {"choices": DRAFT_CACHES}),
+    "draft_window": ("sliding window of the draft's prefill in tokens, 0: no window", {}),
+    "prefill_block": ("tokens per block of the prefill, 0: chosen for the device", {}),
+    "tree.nodes": ("draft tokens per tree", {}),
+    "tree.max_depth": ("levels per tree", {}),
+    "tree.threshold": ("expected accepted tokens that one more level must add", {}),
+    "tree.min_probability": ("leave out nodes that are less probable than this", {}),
+    "retrieval.chunk_size": ("tokens per retrieved chunk", {}),
+    "retrieval.top_k": ("chunks the draft attends to", {}),
+    "retrieval.every_n_steps": ("rounds between two retrievals", {}),
+    "retrieval.sink": ("first chunks, always kept", {}),
+    "retrieval.recent": ("newest chunks, always kept", {}),
+    "sampling.temperature": ("sampling temperature, 0: greedy", {}),
+    "sampling.top_p": ("nucleus sampling: probability mass to choose from, 1: all", {}),
+    "sampling.top_k": ("number of most probable tokens to choose from, 0: all", {}),
+    "sampling.seed": ("random seed of sampling", {}),
 }
 
 
@@ -193,26 +179,27 @@ def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendC
 
 def _given(args: argparse.Namespace, part: str) -> dict[str, Any]:
     """Fields of one part of the setting whose flags were typed."""
-    return {
-        setting.name or flag: getattr(args, flag)
-        for flag, setting in SETTINGS.items()
-        if setting.part == part and hasattr(args, flag)
-    }
+    return {name: getattr(args, flag) for flag, name, *_ in _settings_of(part) if hasattr(args, flag)}
+
+
+def _settings_of(part: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Flag, field, help and options of each setting of one of `PARTS`."""
+    for setting, (text, options) in SETTINGS.items():
+        owner, _, name = setting.rpartition(".")
+        if owner == part:
+            yield FLAGS[setting].removeprefix("--"), name, text, options
 
 
 def _add_settings(group, *parts: str) -> None:
     """Flags of `parts`, absent from the namespace unless they are typed, so that defaults live in one place."""
-    for flag, setting in SETTINGS.items():
-        if setting.part in parts:
-            name = setting.name or flag
-            kind = {} if setting.options else {"type": get_type_hints(setting.config)[name]}
-            default = next(one.default for one in fields(setting.config) if one.name == name)
+    for part in parts:
+        for flag, name, text, options in _settings_of(part):
+            kind = {} if options else {"type": get_type_hints(PARTS[part])[name]}
+            default = next(one.default for one in fields(PARTS[part]) if one.name == name)
             assert default is not MISSING, f"{name} has a default"
-            preset = " or the model's own" if setting.part in ("tree", "retrieval") else ""
-            shown = "" if setting.options == SWITCH else f" (default: {default}{preset})"
-            group.add_argument(
-                f"--{flag}", default=argparse.SUPPRESS, help=setting.text + shown, **kind, **setting.options
-            )
+            preset = " or the model's own" if part in ("tree", "retrieval") else ""
+            shown = "" if options == SWITCH else f" (default: {default}{preset})"
+            group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text + shown, **kind, **options)
 
 
 class _ListMethods(argparse.Action):
