@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -188,13 +189,12 @@ def test_ctrl_c_ends_the_cluster_and_a_run_without_ray_goes_on(crew, tmp_path):
         [*command, "--ray", "--max_workers", "2"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # maybe ignored
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not output.with_suffix(".jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: output.with_suffix(".jsonl").exists() or process.poll() is not None)
     assert raylets_running() != raylets
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130 and "the same command resumes" in error and "Traceback" not in error
+    wait_until(lambda: raylets_running() == raylets)  # a daemon told to end may take a while on a busy machine
     assert raylets_running() == raylets
     before = records_of(output)
     assert 0 < len(before) < 4
@@ -205,6 +205,16 @@ def test_ctrl_c_ends_the_cluster_and_a_run_without_ray_goes_on(crew, tmp_path):
     assert len(after) == 4 and {key: after[key] for key in before} == before
     figures = json.loads(output.read_text())["512"]
     assert figures["workers_on_host"] == [1, 2] and figures["speedup"] is None and figures["avg_accept_length"] >= 0
+
+
+PATIENCE_S = 300  # of a test whose event does not come
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Wait for an event, however slow the machine is."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def raylets_running() -> set[str]:
