@@ -33,7 +33,10 @@ ray = pytest.importorskip("ray")
 from scripts.bench import ray as bench_ray  # noqa: E402
 from specextend.evaluation.ray_workers import RayWorkers, seats_of  # noqa: E402
 
-pytestmark = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+pytestmark = [
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores"),
+    pytest.mark.xdist_group("ray"),  # one test's cluster must not come and go beside another's
+]
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers do not know the tests
 LINE_SCHEMA = {"$ref": "#/$defs/journal_line"} | {
     "$defs": json.loads((ROOT / "results" / "schema.json").read_text())["$defs"]
