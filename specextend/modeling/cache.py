@@ -78,7 +78,8 @@ class KVCache:
         if self._options["device"].type == "cuda":  # captured graphs point at the buffer: let it move rarely
             capacity = -(-capacity // CAPTURED_STEP) * CAPTURED_STEP
         try:
-            return torch.empty(2, layers, 1, heads, capacity, dim, **self._options)
+            # zeros: dense attention reads masked slots too, and a weight of 0 does not undo a NaN
+            return torch.zeros(2, layers, 1, heads, capacity, dim, **self._options)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             gigabytes = 2 * layers * heads * capacity * dim * self._options["dtype"].itemsize / 1e9
             raise CapacityError(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from jsonschema import Draft202012Validator
 from rich.console import Console
@@ -220,15 +221,10 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def raylets_running() -> set[str]:
-    """Process ids of Ray's daemons on this machine."""
-    names = {}
-    for path in Path("/proc").glob("[0-9]*/comm"):
-        try:
-            names[path.parent.name] = path.read_text().strip()
-        except OSError:  # it has just ended
-            continue
-    return {pid for pid, name in names.items() if name == "raylet"}
+def raylets_running() -> set[int]:
+    """Process ids of Ray's daemons on this machine; one that has ended may stay listed until its parent asks."""
+    processes = psutil.process_iter(["name", "status"])
+    return {one.pid for one in processes if one.info["name"] == "raylet" and one.info["status"] != psutil.STATUS_ZOMBIE}
 
 
 # ---- without a cluster
