@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from specextend.drafting.drafter import TreeDrafter
 from specextend.drafting.expansion import Level, grow
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -76,16 +79,39 @@ class EagleDrafter(TreeDrafter):
             self.cache.commit_prompt(key.shape[2])
         self._tokens, self._states = tokens[-1:], self.head.states(features[-1:])
 
-    def propose(self) -> DraftTree:
+    @property
+    def unread(self) -> int:
+        return len(self._tokens)
+
+    def hold(self) -> DraftTree:
+        return DraftTree.root(self._tokens[-1])
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        tokens, states = self._tokens, self._states
+        with self.cache.provisional():
+            yield
+        self._tokens, self._states = tokens, states
+
+    def catch_up(self) -> None:
+        self._read(len(self._tokens) - 1)
+
+    def propose(self, growth: Growth) -> DraftTree:
         root = self._tokens[-1]
-        self._hidden = self._run(self._tokens, self._states, self._attend_newest)[-1:]
-        self.cache.commit(len(self._tokens))
-        tree = grow(root, self._logprobs(self._hidden), self._expand, self._tree)
+        self._hidden = self._read(len(self._tokens))[-1:]
+        tree = grow(root, self._logprobs(self._hidden), self._expand, growth)
         return replace(tree, tokens=torch.cat((root.reshape(1), self._target_ids(tree.tokens[1:]))))
 
     def commit(self, accepted: Accepted) -> None:
-        self._tokens = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
-        self._states = self.head.states(self.tap.take()[accepted.path])
+        self._tokens = torch.cat((self._tokens, accepted.tokens, accepted.bonus.reshape(1)))
+        self._states = torch.cat((self._states, self.head.states(self.tap.take()[accepted.path])))
+
+    def _read(self, pairs: int) -> Tensor:
+        """Block output [T, H] of the context's next `pairs` pairs, which it commits."""
+        hidden = self._run(self._tokens[:pairs], self._states[:pairs], self._attend_newest)
+        self.cache.commit(pairs)
+        self._tokens, self._states = self._tokens[pairs:], self._states[pairs:]
+        return hidden
 
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V_draft] after the nodes of `level`, whose tokens are draft ids."""

@@ -19,6 +19,8 @@ from specextend.errors import ConfigError
 DraftCacheKind = Literal["full", "streaming", "retrieval"]
 DRAFT_CACHES: tuple[str, ...] = ("full", "streaming", "retrieval")
 Drafting = Literal["model", "self", "hierarchy", "lookup", "none", "hugging_face"]
+TreeRule = Literal["fixed", "price"]
+TREE_RULES: tuple[str, ...] = ("fixed", "price")
 DRAFTINGS: tuple[str, ...] = ("model", "self", "hierarchy", "lookup", "none", "hugging_face")
 WITHOUT_DRAFT_CACHE = ("lookup", "none", "hugging_face")
 MAX_NODES, MAX_DEPTH = 1024, 128
@@ -30,6 +32,8 @@ class TreeConfig:
     """OPT-Tree draft trees ("Hybrid Tree Attention"; Appendix D).
 
     Args:
+        rule: "fixed", the same bounds in every round, as the paper has it; "price", each round drafts and verifies
+            what earns its time (`policy/`): of the others it obeys `nodes` and `max_depth` alone.
         nodes: draft tokens per tree, the root (a token already emitted) not counted.
         max_depth: longest path of draft tokens, hence draft forward passes per round at most.
         threshold: stop deepening when one more level adds less than this to the expected accepted length.
@@ -41,8 +45,15 @@ class TreeConfig:
     max_depth: int = 10
     threshold: float = 0.7
     min_probability: float = 0.0
+    rule: TreeRule = "fixed"
+
+    @classmethod
+    def priced(cls) -> TreeConfig:
+        """Trees that earn their time, the default."""
+        return cls(nodes=63, max_depth=12, threshold=0.0, rule="price")
 
     def __post_init__(self) -> None:
+        _require(self.rule in TREE_RULES, "tree.rule", self.rule, f"choose one of {', '.join(TREE_RULES)}")
         _check_integer("tree.nodes", self.nodes, 1, MAX_NODES, "draft tokens")
         _check_integer("tree.max_depth", self.max_depth, 1, MAX_DEPTH, "levels")
         _check_number("tree.threshold", self.threshold)

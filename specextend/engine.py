@@ -262,12 +262,12 @@ class SpecExtend:
         """Who computes the steps of a setting; all of its switches are resolved here."""
         models, captured = self.models, not self.why_eager
         target = _build_target(models, config, self._cache, drafter.tap, fused=captured)
-        parts = target, drafter, retriever(config.draft_cache, config.retrieval), config.slots
+        parts = target, drafter, retriever(config.draft_cache, config.retrieval), config
         if not captured:
             return EagerBackend(*parts)
         from specextend.decoding.graphs import GraphBackend
 
-        return GraphBackend(*parts, dense=not config.hybrid_tree_attention)
+        return GraphBackend(*parts)
 
     def _begin(
         self, prompt: Prompt, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str],
@@ -365,8 +365,8 @@ def default_config(models: LoadedModels) -> SpecExtendConfig:
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
-    """The paper's tree; on a CPU the preset's own, since a CPU pays for every node where a GPU does not."""
-    return (models.preset.cpu_tree if models.device.type == "cpu" else None) or TreeConfig()
+    """Trees that earn their time; the paper's for processes that share a target, whose clocks would not agree."""
+    return TreeConfig.priced() if models.ranks == 1 else TreeConfig()
 
 
 def _build_target(

@@ -106,8 +106,8 @@ def parted(models: LoadedModels, ranks: tensor_parallel.Ranks) -> str:
     """What the check says when one rank's draft proposes other tokens."""
 
     class Wayward(ClassicDrafter):
-        def propose(self):
-            tree = super().propose()
+        def propose(self, growth):
+            tree = super().propose(growth)
             tree.tokens[-1] = (tree.tokens[-1] + ranks.rank) % 97
             return tree
 

@@ -17,7 +17,7 @@ LAYERS = """
     engine
     decoding data
     models
-    drafting
+    drafting policy
     modeling
     trees
     kernels

@@ -242,7 +242,7 @@ def _passes_ms(engine: SpecExtend, prompt: Tensor, tree: DraftTree | None = None
     positions = retriever.select(target.attention_row, drafter.context)
     if engine.config.draft_cache != "full":
         drafter.refresh(positions)
-    proposed = drafter.propose()  # reads the root
+    proposed = drafter.propose(Growth.of(engine.config.tree))  # reads the root
     tree = tree or proposed
     row = tree.tokens[:1].repeat(max(1, (len(tree) - 1) // max(1, int(tree.depth.max()))))  # a level, on average
 

@@ -30,6 +30,9 @@ class Backend(Protocol):
     def prefill(self, output: Output) -> Tensor:
         """Read the prompt of `output` with target and draft; the target's first token []."""
 
+    def plan(self) -> None:
+        """Decide how large a tree this round drafts, or that it does not speculate."""
+
     def refresh_is_due(self) -> bool:
         """Whether the draft's working cache is chosen anew before this round."""
 
@@ -37,7 +40,7 @@ class Backend(Protocol):
         """Choose the draft's working cache ("Cross-model Retrieval")."""
 
     def draft(self) -> None:
-        """Grow a tree below the newest token."""
+        """Grow a tree below the newest token, and leave of it what is worth verifying."""
 
     def verify(self) -> None:
         """Let the target choose a token after every node of the tree."""

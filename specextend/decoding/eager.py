@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from specextend.config import RoundSlots
+from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
-from specextend.drafting.drafter import Drafter
+from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
+from specextend.policy.costs import Costs, Curve, measure_curve, measure_drafting
+from specextend.policy.policies import FixedTree, Policy, PricedTree
 from specextend.trees.acceptance import accept
+from specextend.trees.growth import Growth
+from specextend.trees.tree import DraftTree
+
+SLOTS = (1, 2, 4, 8, 16, 32, 64)  # of verifications that are timed
+SHORT = 256  # tokens of the shorter context that they are timed at
+LONGER = 1.5  # times the longest context that was timed: beyond it they are timed anew
 
 
 class EagerBackend:
     """A target, a drafter, and what tells the draft which part of the context to keep.
 
     Args:
-        slots: cache slots that a round may need.
+        config: its tree's rule decides who sizes the trees.
     """
 
     name = "eager"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots):
+    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig):
         self.device = target.model.device
-        self._target, self._drafter, self._retriever, self._slots = target, drafter, retriever, slots
+        self._target, self._drafter, self._retriever = target, drafter, retriever
+        self._config, self._slots = config, config.slots
+        self._policy: Policy = FixedTree(config.tree)
+        self._is_priced = config.tree.rule == "price" and isinstance(drafter, TreeDrafter)
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
-        return read_prompt(output, self._target, self._drafter, self._reserved.extra_slots)
+        verify = self._measured_verification() if self._is_priced else None
+        first = read_prompt(output, self._target, self._drafter, self._reserved.extra_slots)
+        if verify:
+            self._set_costs(verify)
+        self._policy.begin()
+        self._speculated = 0  # rounds that did
+        return first
+
+    def plan(self) -> None:
+        output = self._output
+        if output.rounds:
+            last = output.rounds[-1]
+            self._policy.learn(self._drafted, len(self._tree), self._emitted, last.seconds, self._context)
+        self._context = output.context
+        self._growth: Growth | None = self._policy.plan(self._context)
+        self._price = self._policy.price
 
     def refresh_is_due(self) -> bool:
-        return self._retriever.is_due(len(self._output.rounds), self._output.context)
+        if self._growth is not None:
+            if self._retriever.is_due(self._speculated, self._output.context):
+                return True
+            return self._is_priced and self._lacks_room(self._slots.path)
+        return self._must_catch_up and self._lacks_room(0)
 
     def refresh(self) -> None:
         context = self._drafter.context
@@ -45,7 +79,14 @@ class EagerBackend:
             self._reserved.grow(self._output.context)
             self._target.cache.require(self._reserved.tokens + self._slots.verify)
             self._drafter.require(self._reserved.tokens + self._slots.verify)
-        self._tree = self._drafter.propose()
+        if self._growth is None:
+            if self._must_catch_up:
+                self._drafter.catch_up()
+            self._drafted, self._tree = None, self._drafter.hold()
+        else:
+            self._speculated += 1
+            self._drafted = self._drafter.propose(self._growth)
+            self._tree = self._policy.cut(self._drafted, self._context)
         if self._output.observer:
             self._output.observer.drafted(self._tree)
 
@@ -63,4 +104,55 @@ class EagerBackend:
             self._output.observer.accepted(self._accepted.path)
 
     def read(self) -> tuple[int, list[int]]:
-        return len(self._tree) - 1, [*self._accepted.tokens.tolist(), int(self._accepted.bonus)]
+        self._emitted = [*self._accepted.tokens.tolist(), int(self._accepted.bonus)]
+        return len(self._tree) - 1, self._emitted
+
+    # --- rounds that do not speculate ---
+
+    @property
+    def _must_catch_up(self) -> bool:
+        """Whether the draft has fallen so far behind that it reads what came, so that coming back finds no holes."""
+        return self._drafter.unread > self._slots.path
+
+    def _lacks_room(self, more: int) -> bool:
+        room = self._drafter.room
+        return room is not None and room < self._drafter.unread + more
+
+    # --- what its steps cost ---
+
+    def _measured_verification(self) -> Curve | None:
+        """Seconds of verifications behind a prompt of this length; None if they are known. The cache is empty yet."""
+        context, known = self._output.prompt_tokens, isinstance(self._policy, PricedTree)
+        if known and context <= LONGER * self._policy.costs.verify_curve.longest:
+            return None
+        cache, slots = self._target.cache, [count for count in SLOTS if count <= self._slots.verify]
+
+        def run(rows: int, length: int) -> float:
+            cache.length = length
+            tree = DraftTree.chain(torch.zeros(rows, dtype=torch.long, device=self.device))
+            return self._seconds_of(lambda: self._target.verify(tree))
+
+        with self._output.setting_up():
+            cache.reset(context + max(slots))
+            return measure_curve(run, slots, (min(SHORT, context), context))
+
+    def _set_costs(self, verify: Curve) -> None:
+        """Let the policy know them, and those of drafting behind the prompt that was just read."""
+        if isinstance(self._policy, PricedTree):
+            self._policy.costs.verify_curve = verify
+            return
+
+        def run(depth: int, nodes: int) -> float:
+            with self._drafter.rehearsal():
+                return self._seconds_of(lambda: self._drafter.propose(Growth(nodes, depth, threshold=0.0)))
+
+        with self._output.setting_up():
+            costs = Costs(verify, measure_drafting(run))
+        self._policy = PricedTree(self._config.tree, costs, self._config.retrieval.every_n_steps)
+
+    def _seconds_of(self, step: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - began

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from specextend.config import RoundSlots
+from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
 from specextend.drafting.captured import CapturedDraft, span_for
@@ -33,16 +33,14 @@ class GraphBackend:
 
     Args:
         target, drafter: they read the prompt; their caches are what the captured steps go on with.
-        slots: cache slots that a round may need.
-        dense: attends by dense attention, the baseline of Hybrid Tree Attention.
     """
 
     name = "graphs"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots, *, dense: bool):
+    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig):
         self.device = target.model.device
         self._host_target, self._drafter, self._retriever = target, drafter, retriever
-        self._slots, self._dense = slots, dense
+        self._slots, self._dense = config.slots, not config.hybrid_tree_attention
         self._draft: CapturedDraft | None = None
         self._graphs: dict[str, Step] = {}
 
@@ -57,6 +55,9 @@ class GraphBackend:
         if self._limit_span() or not self._graphs:
             self._capture()
         return first
+
+    def plan(self) -> None:
+        pass
 
     def refresh_is_due(self) -> bool:
         return self._retriever.is_due(len(self._output.rounds), self._output.context)

@@ -27,6 +27,7 @@ def decode(backend: Backend, output: Output) -> Iterator[Round | None]:
     clock = StageClock(backend.device)
     while not output.finished:
         clock.start()
+        backend.plan()
         if backend.refresh_is_due():
             backend.refresh()
             clock.mark("retrieve")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -41,7 +43,7 @@ class Generation:
         rounds: one per round after the prefill, whose own token is in `token_ids` only.
         prefill_seconds: "target" and "draft".
         peak_bytes: most GPU memory allocated at once, None on a CPU.
-        capture_s: seconds spent on capturing graphs, 0 once they are there; in no other figure.
+        capture_s: seconds spent on capturing graphs and timing steps, 0 once both are done; in no other figure.
         decode: token ids -> text.
     """
 
@@ -122,7 +124,7 @@ class Output:
         observer: told of every step.
     Attributes:
         prefill_seconds: "target" and "draft".
-        capture_s: seconds spent on capturing graphs and on buffers for them, in no other figure.
+        capture_s: seconds spent on capturing graphs, on buffers for them and on timing steps, in no other figure.
     """
 
     prompt: Tensor
@@ -156,6 +158,14 @@ class Output:
     def context(self) -> int:
         """Prompt and output, the newest token, which no cache holds yet, left out."""
         return self.prompt_tokens + self.new_tokens - 1
+
+    @contextmanager
+    def setting_up(self, wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Seconds of what is inside count as `capture_s`; `wait` waits for the device."""
+        began = time.perf_counter()
+        yield
+        wait()
+        self.capture_s += time.perf_counter() - began
 
     def begin(self, first: Tensor) -> None:
         """Take the prefill's token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from specextend.modeling.cache import DraftCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.rope import Rope
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Drafter:
         """Forget the last prompt, read `prompt` [N]; `first` [] is the target's token after it, the first root."""
         self._root = first
 
-    def propose(self) -> DraftTree:
-        """A tree below the newest token."""
+    def propose(self, growth: Growth) -> DraftTree:
+        """A tree below the newest token, within the bounds of `growth`; those that draft chains have their own."""
         return DraftTree.root(self._root)
 
     def commit(self, accepted: Accepted) -> None:
@@ -99,6 +101,28 @@ class TreeDrafter(Drafter):
     def candidates(self) -> int:
         """How many tokens it chooses among."""
         raise NotImplementedError
+
+    @property
+    def unread(self) -> int:
+        """Tokens that were accepted and that it has not read, the newest one included."""
+        raise NotImplementedError
+
+    def hold(self) -> DraftTree:
+        """The newest token alone: a round that does not speculate. What was accepted waits to be read."""
+        raise NotImplementedError
+
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """What is proposed inside is forgotten at the end."""
+        raise NotImplementedError
+
+    def catch_up(self) -> None:
+        """Read all that was accepted but the newest token, without proposing anything."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that fit into the working cache until its next refresh; None where it keeps everything."""
+        return None if self._slots.working is None else self._slots.working - self.cache.working.length
 
     def refresh(self, positions: Tensor) -> None:
         self.cache.refresh(positions)

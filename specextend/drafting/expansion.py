@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specextend.config import TreeConfig
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 
@@ -33,7 +34,7 @@ class Level:
     visible: Tensor
 
 
-def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], config: TreeConfig) -> DraftTree:
+def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], growth: Growth) -> DraftTree:
     """Grow the OPT-Tree below `root`.
 
     Candidates that fall out of the best `nodes` are not expanded: a path is never more probable than its beginning,
@@ -47,45 +48,59 @@ def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], conf
     device = root.device
     tokens = root.reshape(1)
     parents = torch.full((1,), -1, dtype=torch.long, device=device)
-    scores = torch.zeros(1, dtype=logprobs.dtype, device=device)  # log-probability of the path; 0 for the root
+    given = torch.zeros(1, dtype=logprobs.dtype, device=device)  # log-probability after the parent
+    reach = torch.zeros(1, dtype=logprobs.dtype, device=device)  # log-probability of the path; 0 for the root
     frontier = torch.zeros(1, dtype=torch.long, device=device)  # nodes that `logprobs` continues
     visible = torch.empty(1, 0, dtype=torch.bool, device=device)
     expected = 0.0
-    floor = math.log(config.min_probability) if config.min_probability else -math.inf
+    floor = math.log(growth.floor) if growth.floor else -math.inf
 
-    for depth in range(1, config.max_depth + 1):
-        children, which, continued = _best_children(scores[frontier], logprobs, config.nodes)
+    for depth in range(1, growth.max_depth + 1):
+        children = _best_children(reach[frontier], logprobs, growth, depth)
         first_new = len(tokens)
-        tokens, parents = torch.cat((tokens, continued)), torch.cat((parents, frontier[which]))
-        scores = torch.cat((scores, children))
-        kept = _best(scores, config.nodes + 1)
-        kept = kept[scores[kept] >= floor]
-        gain = float(scores[kept].exp().sum()) - 1.0 - expected
+        tokens, parents = torch.cat((tokens, children.tokens)), torch.cat((parents, frontier[children.parents]))
+        given, reach = torch.cat((given, children.logprobs)), torch.cat((reach, children.reach))
+        kept = _best(reach, growth.nodes + 1)
+        kept = kept[reach[kept] >= floor]
+        gain = float(reach[kept].exp().sum()) - 1.0 - expected
         expected += gain
         fresh = kept[kept >= first_new]
-        if gain < config.threshold or depth == config.max_depth or not len(fresh):
+        if gain < growth.threshold or depth == growth.max_depth or not len(fresh):
             break
-        below = which[fresh - first_new]
+        below = children.parents[fresh - first_new]
         visible = torch.cat((visible[below], torch.eye(len(fresh), dtype=torch.bool, device=device)), dim=1)
         logprobs = expand(Level(tokens[fresh], depth, below, visible))
         frontier = fresh
 
     renumber = torch.empty_like(parents).scatter_(0, kept, torch.arange(len(kept), device=device))
     above = parents[kept]
-    return DraftTree.from_parents(tokens[kept], torch.where(above >= 0, renumber[above.clamp(min=0)], -1))
+    tree = DraftTree.from_parents(tokens[kept], torch.where(above >= 0, renumber[above.clamp(min=0)], -1))
+    return replace(tree, logprobs=given[kept], reach=reach[kept])
 
 
-def _best_children(path: Tensor, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` best continuations of a level: path scores, index of the parent in the level, token; each [<= count].
+class _Children(NamedTuple):
+    """Candidates of a level: index of the parent in the level before, token, scores; each [<= nodes]."""
+
+    parents: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    reach: Tensor
+
+
+def _best_children(path: Tensor, logprobs: Tensor, growth: Growth, depth: int) -> _Children:
+    """The best continuations of a level.
 
     Args:
-        path: [n] scores of the level's nodes; logprobs: [n, V].
+        path: [n] `reach` of the level's nodes; logprobs: [n, V].
+        depth: of the children.
     """
-    values, tokens = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
+    values, tokens = logprobs.topk(min(growth.nodes, logprobs.shape[1]), dim=-1)
     # rounding may lift a log-probability above 0; a child must not outrank its parent
-    values = (values.clamp(max=0) + path[:, None]).flatten()
-    best = _best(values, count)
-    return values[best], best // tokens.shape[1], tokens.flatten()[best]
+    values = values.clamp(max=0)
+    worth = values if growth.calibration is None else growth.calibration(values, depth)
+    reach = (worth + path[:, None]).flatten()
+    best = _best(reach, growth.nodes)
+    return _Children(best // tokens.shape[1], tokens.flatten()[best], values.flatten()[best], reach[best])
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

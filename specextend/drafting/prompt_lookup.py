@@ -10,6 +10,7 @@ from torch import Tensor
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.ngrams import continuation
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class PromptLookup(Drafter):
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
         self._context = torch.cat((prompt, first.reshape(1)))
 
-    def propose(self) -> DraftTree:
+    def propose(self, growth: Growth) -> DraftTree:
         length = torch.tensor(len(self._context), device=self._context.device)
         tokens, exist = continuation(self._context, length, self._length)
         return DraftTree.chain(torch.cat((self._context[-1:], tokens[exist])))

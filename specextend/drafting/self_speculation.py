@@ -22,6 +22,7 @@ from specextend.modeling.attention import attention
 from specextend.modeling.cache import KVCache
 from specextend.modeling.target import Target
 from specextend.trees.acceptance import Accepted, accept
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class SelfDrafter(Drafter):
         self._sparse.begin()
         self._root = first.reshape(1)
 
-    def propose(self) -> DraftTree:
+    def propose(self, growth: Growth) -> DraftTree:
         tokens = [self._root]
         for _ in range(self._length):
             logits = self._sparse.verify(DraftTree.root(tokens[-1]))
@@ -118,6 +119,7 @@ class HierarchicalDrafter(SelfDrafter):
             raise ConfigError("an EAGLE head needs the whole target's hidden states; triforce drafts with a small LM")
         super().__init__(sparse, config.tree.max_depth)
         self._small, self._window = small, StreamingWindow.of_size(config.retrieval)
+        self._growth = Growth.of(config.tree)  # of the small draft's trees
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
@@ -127,9 +129,9 @@ class HierarchicalDrafter(SelfDrafter):
         super().prefill(prompt, first, extra_slots)
         self._small.prefill(prompt, first, extra_slots)
 
-    def propose(self) -> DraftTree:
+    def propose(self, growth: Growth) -> DraftTree:
         tokens = self._root
-        tree = self._small.propose()
+        tree = self._small.propose(self._growth)
         with self._small.cache.provisional():
             while True:
                 accepted = accept(tree, self._sparse.verify(tree).argmax(-1))
@@ -138,7 +140,7 @@ class HierarchicalDrafter(SelfDrafter):
                 if len(tokens) > self._length:
                     return DraftTree.chain(tokens[: self._length + 1])
                 self._small.commit(accepted)
-                tree = self._small.propose()
+                tree = self._small.propose(self._growth)
 
     def commit(self, accepted: Accepted) -> None:
         super().commit(accepted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +16,7 @@ from specextend.drafting.expansion import Level, grow
 from specextend.modeling.attention import Attend
 from specextend.modeling.rope import make_exact
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -72,17 +75,35 @@ class ClassicDrafter(TreeDrafter):
             embed = self._embed
             self._embed = lambda tokens: embed(tokens.clamp(max=rows - 1))
 
-    def propose(self) -> DraftTree:
+    @property
+    def unread(self) -> int:
+        return len(self._pending)
+
+    def hold(self) -> DraftTree:
+        return DraftTree.root(self._pending[-1])
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        pending = self._pending
+        with self.cache.provisional():
+            yield
+        self._pending = pending
+
+    def catch_up(self) -> None:
+        self._read(self._pending[:-1])
+        self._pending = self._pending[-1:]
+
+    def propose(self, growth: Growth) -> DraftTree:
         root, hidden = self._pending[-1], self._read(self._pending)[-1:]
         self._pending = self._pending[:0]
-        return grow(root, self._logprobs(hidden), self._expand, self._tree)
+        return grow(root, self._logprobs(hidden), self._expand, growth)
 
     def score(self, tokens: Tensor) -> Tensor:
         """Log-probabilities [T, V] after each of the context's next `tokens` [T], which it commits."""
         return self._logprobs(self._read(tokens))
 
     def commit(self, accepted: Accepted) -> None:
-        self._pending = torch.cat((accepted.tokens, accepted.bonus.reshape(1)))
+        self._pending = torch.cat((self._pending, accepted.tokens, accepted.bonus.reshape(1)))
 
     def _expand(self, level: Level) -> Tensor:
         """Log-probabilities [n, V] after the nodes of `level`."""

@@ -29,12 +29,16 @@ class DraftTree:
     Attributes:
         tokens, parents, depth: [T]; parents[0] = -1, depth[0] = 0.
         ancestors: [T, T] bool; ancestors[i, j]: node j lies on the path from the root to node i (itself included).
+        logprobs: [T] what the draft gave each node after its parent; None where no model drafted.
+        reach: [T] log-probability that the target accepts a node, by all that is known; None as for `logprobs`.
     """
 
     tokens: Tensor
     parents: Tensor
     depth: Tensor
     ancestors: Tensor
+    logprobs: Tensor | None = None
+    reach: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -43,6 +47,19 @@ class DraftTree:
     def used(self) -> Tensor:
         """[T] bool: every node is one."""
         return torch.ones_like(self.tokens, dtype=torch.bool)
+
+    def most_probable(self, nodes: int) -> DraftTree:
+        """The root and the `nodes` nodes below it that are most probably accepted."""
+        if nodes >= len(self) - 1:
+            return self
+        # ties go to the older node, so to parents before children
+        kept = torch.argsort(self.reach, descending=True, stable=True)[: nodes + 1].sort().values
+        renumber = torch.full_like(self.parents, -1).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
+        above = self.parents[kept]
+        return DraftTree(
+            self.tokens[kept], torch.where(above >= 0, renumber[above.clamp(min=0)], -1), self.depth[kept],
+            self.ancestors[kept][:, kept], self.logprobs[kept], self.reach[kept],
+        )  # fmt: skip
 
     @classmethod
     def root(cls, token: Tensor) -> DraftTree:

@@ -1,0 +1,184 @@
+"""How large a tree the next round drafts, how much of it is verified, and whether to speculate at all.
+
+One number decides: the price of a second in tokens. At the best ratio of tokens to time every part of a round earns
+its own time at that price (Dinkelbach's method for ratios), so a node is kept if the probability that it is accepted
+exceeds price x seconds of one more slot, and a level is drafted if what it is expected to add exceeds price x seconds
+of a level. The price is the rate at which tokens come now, and never less than that of autoregressive decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from specextend.config import TreeConfig
+from specextend.policy.calibration import Calibration
+from specextend.policy.costs import Costs
+from specextend.trees.growth import Growth
+from specextend.trees.tree import DraftTree
+
+RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
+GAIN_MEMORY = 0.75  # the same of what speculating gained
+FIRST_GAIN = 0.25  # tokens per round that speculating is believed to gain before it was tried
+FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # rounds without speculation until it is tried again
+FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
+
+
+class Policy(Protocol):
+    """Decides about rounds; what it decides changes how fast the output comes, never what it is."""
+
+    @property
+    def price(self) -> float:
+        """Tokens per second that everything in a round must earn; 0 where nobody asks."""
+
+    def begin(self) -> None:
+        """A new prompt: forget what was learned from the last one's text."""
+
+    def plan(self, context: int) -> Growth | None:
+        """The tree of a round behind `context` tokens; None: it does not speculate."""
+
+    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+        """What of a drafted tree is verified; the root alone if nothing is worth it."""
+
+    def learn(
+        self, drafted: DraftTree | None, verified: int, tokens: list[int], seconds: dict[str, float], context: int
+    ) -> None:
+        """Take notice of a finished round.
+
+        Args:
+            drafted: what the draft proposed, before the cut; None if nothing was.
+            verified: slots; tokens: the target's, the bonus token last; seconds: by stage.
+        """
+
+
+class FixedTree:
+    """The same bounds in every round: the paper's tree, or whatever was asked for."""
+
+    price = 0.0
+
+    def __init__(self, config: TreeConfig):
+        self._growth = Growth.of(config)
+
+    def begin(self) -> None:
+        pass
+
+    def plan(self, context: int) -> Growth | None:
+        return self._growth
+
+    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+        return tree
+
+    def learn(self, drafted, verified, tokens, seconds, context) -> None:
+        pass
+
+
+class PricedTree:
+    """Trees that earn their time.
+
+    Args:
+        config: most nodes and levels; the rest of it is a fixed tree's.
+        refresh_every: rounds that share the time of a refresh.
+    """
+
+    def __init__(self, config: TreeConfig, costs: Costs, refresh_every: int):
+        self._config, self.costs, self._refresh_every = config, costs, refresh_every
+        self.begin()
+
+    def begin(self) -> None:
+        self.calibration = Calibration()
+        self._tokens = self._seconds = 0.0
+        self._gain, self._pause, self._wait = FIRST_GAIN, FIRST_PAUSE, 0
+        self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
+
+    @property
+    def price(self) -> float:
+        return self._price
+
+    def plan(self, context: int) -> Growth | None:
+        if self._wait:
+            self._wait -= 1
+            return None
+        self._set_price(context)
+        nodes, verify = self._config.nodes, self.costs.verify(self._config.nodes + 1, context)
+        slot = float(np.min((verify[1:] - verify[0]) / np.arange(1, nodes + 1)))  # the cheapest way to one more
+        level = self.costs.level + self.costs.row * self._rows
+        return Growth(
+            nodes, self._config.max_depth, threshold=self._price * level / self._share,
+            floor=min(self._price * slot, 0.99), calibration=self.calibration,
+        )  # fmt: skip
+
+    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+        reach = np.sort(tree.reach[1:].double().exp().cpu().numpy())[::-1]
+        verify = self.costs.verify(len(tree), context)
+        # costs are a staircase: look at every size, never stop at the first that does not pay
+        worth = np.concatenate(([0.0], np.cumsum(reach))) - self._price * (verify - verify[0])
+        return tree.most_probable(int(worth.argmax()))
+
+    def learn(
+        self, drafted: DraftTree | None, verified: int, tokens: list[int], seconds: dict[str, float], context: int
+    ) -> None:
+        levels, rows = -1, 0
+        if drafted is not None:
+            depth = drafted.depth.cpu().numpy()
+            levels, rows = int(depth.max()) - 1, int(((depth > 0) & (depth < depth.max())).sum())
+            reach = drafted.reach.double().exp().cpu().numpy()
+            self._learn_shape(depth, reach, levels, rows)
+            self._learn_acceptance(drafted, depth, tokens)
+        self.costs.learn(seconds, slots=verified, context=context, levels=levels, rows=rows)
+        took = self._seconds_of(verified, levels, rows, context)
+        self._tokens = RATE_MEMORY * self._tokens + len(tokens)
+        self._seconds = RATE_MEMORY * self._seconds + took
+        if drafted is not None:
+            best = np.sort(reach[1:])[::-1][: verified - 1]
+            expected = (1.0 + float(best.sum()) + len(tokens)) / 2  # what was promised, and what came
+            self._learn_gain(expected - took / self.costs.plain(context))
+
+    def _set_price(self, context: int) -> None:
+        plain = self.costs.plain(context)
+        first = 8  # rounds of autoregressive decoding that the rate begins with
+        rate = (self._tokens + first) / (self._seconds + first * plain)
+        self._price = max(rate, 1 / plain)
+
+    def _seconds_of(self, verified: int, levels: int, rows: int, context: int) -> float:
+        """What a round costs by all that is known; its own clock would tell of the machine's moods, too."""
+        if levels < 0:
+            return self.costs.plain(context)
+        return (
+            float(self.costs.verify(verified, context)[-1])
+            + self.costs.draft(levels, rows)
+            + self.costs.rest(True)
+            + self.costs.refresh / self._refresh_every
+        )
+
+    def _learn_gain(self, gain: float) -> None:
+        """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
+        self._gain = GAIN_MEMORY * self._gain + (1 - GAIN_MEMORY) * gain
+        if self._gain > 0:
+            self._pause = FIRST_PAUSE
+            return
+        self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        self._gain = 0.0  # the next try decides
+
+    def _learn_shape(self, depth, reach, levels: int, rows: int) -> None:
+        """How much of a level's probability the next one holds, and how many rows a level has."""
+        mass = np.bincount(depth, weights=reach)[1:]
+        if len(mass) > 1:
+            self._share = 0.9 * self._share + 0.1 * min(float(mass[1:].sum() / mass[:-1].sum()), 1.0)
+        if levels > 0:
+            self._rows = 0.9 * self._rows + 0.1 * rows / levels
+
+    def _learn_acceptance(self, tree: DraftTree, depth, tokens: list[int]) -> None:
+        """The verdict on every node below an accepted one, those that were not verified included."""
+        parents, ids = tree.parents.cpu().numpy(), tree.tokens.cpu().numpy()
+        logprobs = tree.logprobs.double().cpu().numpy()
+        at, asked, answers = 0, [], []
+        for token in tokens:
+            children = np.flatnonzero(parents == at)
+            asked.append(children)
+            answers.append(ids[children] == token)
+            if not answers[-1].any():
+                break
+            at = int(children[answers[-1].argmax()])
+        nodes = np.concatenate(asked)
+        self.calibration.learn(logprobs[nodes], depth[nodes], np.concatenate(answers))
