@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from eagle.heads import Head
 from specextend.config import SpecExtendConfig
 from specextend.drafting.drafter import TreeDrafter
-from specextend.drafting.expansion import Level, grow
+from specextend.drafting.expansion import Level
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
 from specextend.trees.growth import Growth
@@ -99,7 +99,7 @@ class EagleDrafter(TreeDrafter):
     def propose(self, growth: Growth) -> DraftTree:
         root = self._tokens[-1]
         self._hidden = self._read(len(self._tokens))[-1:]
-        tree = grow(root, self._logprobs(self._hidden), self._expand, growth)
+        tree = self._grow(root, self._logprobs(self._hidden), growth)
         return replace(tree, tokens=torch.cat((root.reshape(1), self._target_ids(tree.tokens[1:]))))
 
     def commit(self, accepted: Accepted) -> None:

@@ -49,6 +49,7 @@ def load_models(
         loaded,
         preset=replace(
             loaded.preset,
+            cpu_tree=loaded.preset.cpu_tree and CPU_TREE,
             retrieval=BUNDLED_RETRIEVAL if loaded.name == "bundled" else RETRIEVAL,
         ),
         draft=load_head(directory, loaded.target, head),

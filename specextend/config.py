@@ -49,7 +49,7 @@ class TreeConfig:
 
     @classmethod
     def priced(cls) -> TreeConfig:
-        """Trees that earn their time, the default."""
+        """Trees that earn their time."""
         return cls(nodes=63, max_depth=12, threshold=0.0, rule="price")
 
     def __post_init__(self) -> None:
@@ -61,6 +61,9 @@ class TreeConfig:
         _check_number("tree.min_probability", self.min_probability)
         probable = 0 <= self.min_probability < 1
         _require(probable, "tree.min_probability", self.min_probability, "it must lie in 0 (keep all) .. 1, 1 excluded")
+        for name in ("threshold", "min_probability") if self.rule == "price" else ():
+            value = getattr(self, name)
+            _require(value == 0, f"tree.{name}", value, "priced trees have no such bound: leave it out")
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ class SpecExtend:
             raise ConfigError(f"config is {config!r}; give a SpecExtendConfig, or None for all parts of SpecExtend")
         self.config = default_config(models) if config is None else config
         make_exact(models.target)
+        if models.ranks > 1 and self.config.tree.rule == "price":
+            raise ConfigError("processes that share a target cannot price trees: their clocks do not agree")
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         drafter = _build_drafter(models, self.config, self._cache)
         self.why_eager = "it was asked for" if eager else why_not_captured(models, self.config, drafter)
@@ -346,6 +348,8 @@ def why_not_captured(models: LoadedModels, config: SpecExtendConfig, drafter: Dr
         return f"the kernels do not compute what {models.name} computes"
     if config.drafting == "hugging_face":
         return "transformers' own loop is not captured"
+    if config.tree.rule == "price" and config.drafting == "model":
+        return "trees that are priced by measured time are not captured"
     if config.slots.verify > MAX_SLOTS:
         return f"trees of more than {MAX_SLOTS} slots are not captured"
     return None if drafter is None or drafter.can_capture else f"{name_of(config)}'s draft cannot be captured"
@@ -365,8 +369,8 @@ def default_config(models: LoadedModels) -> SpecExtendConfig:
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
-    """Trees that earn their time; the paper's for processes that share a target, whose clocks would not agree."""
-    return TreeConfig.priced() if models.ranks == 1 else TreeConfig()
+    """The paper's tree; on a CPU the preset's own, since a CPU pays for every node where a GPU does not."""
+    return (models.preset.cpu_tree if models.device.type == "cpu" else None) or TreeConfig()
 
 
 def _build_target(

@@ -57,6 +57,7 @@ from specextend.drafting.retrieval import CrossModelRetrieval
 from specextend.engine import default_tree
 from specextend.errors import ConfigError
 from specextend.methods import METHODS
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 READ = 64  # tokens of the text that a divergence is averaged over

@@ -56,6 +56,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
+TREES = {"paper": TreeConfig(), "price": TreeConfig.priced()}
+
+
 def add_model_flags(parser: argparse.ArgumentParser, *, widen: bool = False) -> None:
     """Flags for what is loaded; `widen`: the program can widen it."""
     group = parser.add_argument_group("models")
@@ -121,6 +124,10 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     )
     group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
+    group.add_argument(
+        "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: the paper's bounds, or as large as they "
+        "earn their measured time (default: the paper's, on a CPU the model's own); the flags of a tree change it",
+    )  # fmt: skip
     _add_settings(group, "", "tree", "retrieval")
 
 
@@ -165,7 +172,8 @@ def config_from(args: argparse.Namespace, models: LoadedModels, method: str | No
         method: one of `methods_from`; None takes the first.
     """
     chosen = find_method(method or methods_from(args)[0])
-    return _with_given(args, chosen.config(default_tree(models), models.preset.retrieval))
+    tree = TREES[args.tree] if hasattr(args, "tree") else default_tree(models)
+    return _with_given(args, chosen.config(tree, models.preset.retrieval))
 
 
 def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendConfig:

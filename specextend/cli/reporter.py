@@ -11,7 +11,7 @@ from collections.abc import Callable
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from specextend.config import SamplingConfig
+from specextend.config import SamplingConfig, TreeConfig
 from specextend.data.encoded import EncodedPrompt
 from specextend.decoding.output import Generation, Output, Round
 from specextend.decoding.text import TextStream
@@ -52,7 +52,7 @@ class ConsoleReporter:
         self._out.print(
             f"{name_of(config)}: flash prefill {on[config.flash_prefill]}, "
             f"hybrid tree attention {on[config.hybrid_tree_attention]}, draft cache {config.draft_cache}; "
-            f"tree of {config.tree.nodes} nodes, depth {config.tree.max_depth}, threshold {config.tree.threshold}; "
+            f"{_shown(config.tree)}; "
             + ("greedy" if sampling.temperature == 0 else f"temperature {sampling.temperature}, seed {sampling.seed}")
         )
 
@@ -124,6 +124,12 @@ class ConsoleReporter:
         pieces.append((stream.push(output.token_ids, last=output.finished), TARGET_STYLE))
         for text, style in pieces:
             self._out.print(text, style=style, end="", markup=False)
+
+
+def _shown(tree: TreeConfig) -> str:
+    if tree.rule == "price":
+        return f"trees priced by their time, at most {tree.nodes} nodes, depth {tree.max_depth}"
+    return f"tree of {tree.nodes} nodes, depth {tree.max_depth}, threshold {tree.threshold}"
 
 
 def _one_line(name: str, result: Generation) -> str:

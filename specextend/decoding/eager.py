@@ -22,6 +22,7 @@ from specextend.trees.tree import DraftTree
 
 SLOTS = (1, 2, 4, 8, 16, 32, 64)  # of verifications that are timed
 SHORT = 256  # tokens of the shorter context that they are timed at
+BEHIND = 4  # paths that the draft may fall behind while nothing is drafted
 LONGER = 1.5  # times the longest context that was timed: beyond it they are timed anew
 
 
@@ -55,7 +56,8 @@ class EagerBackend:
         output = self._output
         if output.rounds:
             last = output.rounds[-1]
-            self._policy.learn(self._drafted, len(self._tree), self._emitted, last.seconds, self._context)
+            passes = self._drafter.passes if self._drafted else ()
+            self._policy.learn(self._drafted, passes, len(self._tree), self._emitted, last.seconds, self._context)
         self._context = output.context
         self._growth: Growth | None = self._policy.plan(self._context)
         self._price = self._policy.price
@@ -65,7 +67,7 @@ class EagerBackend:
             if self._retriever.is_due(self._speculated, self._output.context):
                 return True
             return self._is_priced and self._lacks_room(self._slots.path)
-        return self._must_catch_up and self._lacks_room(0)
+        return self._is_priced and self._must_catch_up and self._lacks_room(0)
 
     def refresh(self) -> None:
         context = self._drafter.context
@@ -112,7 +114,7 @@ class EagerBackend:
     @property
     def _must_catch_up(self) -> bool:
         """Whether the draft has fallen so far behind that it reads what came, so that coming back finds no holes."""
-        return self._drafter.unread > self._slots.path
+        return self._drafter.unread > BEHIND * self._slots.path
 
     def _lacks_room(self, more: int) -> bool:
         room = self._drafter.room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from specextend.config import SpecExtendConfig, prefill_block
-from specextend.drafting.expansion import Level
+from specextend.drafting.expansion import Level, grow
 from specextend.modeling.attention import Attend, attention, band_attention, has_flash_kernel
 from specextend.modeling.cache import DraftCache
 from specextend.modeling.features import FeatureTap
@@ -28,10 +29,12 @@ class Drafter:
     """What the decode loop asks of a draft; this one proposes nothing (autoregressive decoding).
 
     Attributes:
+        passes: rows of each level that the last tree took, the root's not counted.
         tap: what it reads of the target's hidden states, None for drafters that read none.
         can_capture: whether its rounds can be captured (`captured.py`); asked only where there is Triton.
     """
 
+    passes: Sequence[int] = ()
     tap: FeatureTap | None = None
     can_capture = True
 
@@ -129,6 +132,20 @@ class TreeDrafter(Drafter):
 
     def require(self, tokens: int) -> None:
         self.cache.require(tokens, self._slots.draft)
+
+    def _grow(self, root: Tensor, logprobs: Tensor, growth: Growth) -> DraftTree:
+        """The tree below `root` [], whose children have the log-probabilities [1, V]."""
+        self.passes = passes = []
+
+        def expand(level: Level) -> Tensor:
+            passes.append(len(level.tokens))
+            return self._expand(level)
+
+        return grow(root, logprobs, expand, growth)
+
+    def _expand(self, level: Level) -> Tensor:
+        """Log-probabilities [n, V] after the nodes of `level`."""
+        raise NotImplementedError
 
     def _reset(self, prompt_tokens: int, extra_slots: int) -> None:
         self.cache.reset(prompt_tokens + extra_slots, self._slots.draft)

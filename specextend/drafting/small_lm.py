@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specextend.config import SpecExtendConfig
 from specextend.drafting.drafter import TreeDrafter
-from specextend.drafting.expansion import Level, grow
+from specextend.drafting.expansion import Level
 from specextend.modeling.attention import Attend
 from specextend.modeling.rope import make_exact
 from specextend.trees.acceptance import Accepted
@@ -96,7 +96,7 @@ class ClassicDrafter(TreeDrafter):
     def propose(self, growth: Growth) -> DraftTree:
         root, hidden = self._pending[-1], self._read(self._pending)[-1:]
         self._pending = self._pending[:0]
-        return grow(root, self._logprobs(hidden), self._expand, growth)
+        return self._grow(root, self._logprobs(hidden), growth)
 
     def score(self, tokens: Tensor) -> Tensor:
         """Log-probabilities [T, V] after each of the context's next `tokens` [T], which it commits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specextend.config import RetrievalConfig
+from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.models.checkpoints import HUB_ID, local_directory
 
@@ -19,6 +19,7 @@ class Preset:
     Args:
         target, draft: hub id or directory; draft None: no small LM is known to fit (EAGLE-3 heads are used instead).
         template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
+        cpu_tree: draft tree to use by default on a CPU, which is compute-bound where a GPU is not; None: the paper's.
         retrieval: what the draft's working cache holds by default.
     """
 
@@ -26,13 +27,16 @@ class Preset:
     target: str
     draft: str | None
     template: str | None = None
+    cpu_tree: TreeConfig | None = None
     retrieval: RetrievalConfig = RetrievalConfig()
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft")),
+        Preset(
+            "bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), cpu_tree=TreeConfig(12, 8, 0.35, 0.06)
+        ),
         Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
         Preset("llama31_8b", "meta-llama/Llama-3.1-8B-Instruct", None, "chat"),

@@ -42,10 +42,15 @@ class Calibration:
 
     def learn_counts(self, offered: NDArray, given: NDArray, accepted: NDArray) -> None:
         """Take in a round that is counted already: samples, their summed probabilities and those accepted, [3, 12]."""
-        fades = 0.5 ** (1 / HALF_LIFE)
-        self._offered = self._offered * fades + offered
-        self._given = self._given * fades + given
-        self._accepted = self._accepted * fades + accepted
+        self.fade(1)
+        self._offered += offered
+        self._given += given
+        self._accepted += accepted
+
+    def fade(self, rounds: int) -> None:
+        """Let so many rounds pass."""
+        for counts in (self._offered, self._given, self._accepted):
+            counts *= 0.5 ** (rounds / HALF_LIFE)
         self._table = None
 
     @property
@@ -56,14 +61,10 @@ class Calibration:
         return self._table
 
     def __call__(self, logprobs: Tensor, depth: int) -> Tensor:
-        row = torch.as_tensor(self.table[min(depth, DEPTHS) - 1], dtype=logprobs.dtype, device=logprobs.device)
-        scaled = (-logprobs).clamp(min=0).sqrt() * 4
-        left = scaled.long().clamp(max=CELLS - 1)
+        given, row = logprobs.double().cpu().numpy(), self.table[min(depth, DEPTHS) - 1]
         # beyond the last knot a log-probability falls as the draft's own
-        lower, upper = row[left], row[left + 1]
-        knot, next_knot = -((left / 4) ** 2), -(((left + 1) / 4) ** 2)
-        inside = lower + (upper - lower) * ((logprobs - knot) / (next_knot - knot)).to(logprobs.dtype)
-        return torch.where(scaled < CELLS, inside, row[-1] + logprobs + (CELLS / 4) ** 2).clamp(max=0)
+        worth = np.interp(given, self._knots[::-1], row[::-1]) + np.minimum(given - self._knots[-1], 0.0)
+        return torch.from_numpy(worth).to(logprobs)
 
     def _fitted(self) -> NDArray[np.float64]:
         """Shift the knots by what the cells beside them say, from all depths to each."""
@@ -73,8 +74,10 @@ class Calibration:
         for offered, given, accepted in zip(self._offered, self._given, self._accepted, strict=True):
             expected = np.minimum(middle * np.exp(pooled), 1.0)
             shift = pooled + self._shift(offered, given * np.exp(pooled), accepted, expected, POOLED)
-            ends = np.concatenate((shift[:1], (shift[:-1] + shift[1:]) / 2, shift[-1:]))
-            rows.append(np.maximum.accumulate(np.minimum(self._knots + ends, 0.0)[::-1])[::-1])
+            known = offered + 0.1 * self._offered.sum(0) + 0.1
+            weights = np.convolve(known, [1.0, 1.0])
+            ends = np.convolve(known * shift, [1.0, 1.0]) / weights  # a knot lies between two cells
+            rows.append(_descending(np.minimum(self._knots + ends, 0.0), weights))
         return np.stack(rows)
 
     @staticmethod
@@ -83,6 +86,19 @@ class Calibration:
         found = (accepted + prior * expected) / (offered + prior)
         promised = (given + prior * expected) / (offered + prior)
         return np.log(np.clip(found, LEAST, 1.0)) - np.log(np.clip(promised, LEAST, 1.0))
+
+
+def _descending(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The nearest sequence that never rises: neighbours that would are given their weighted mean."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        block = (value, weight, 1)
+        while blocks and blocks[-1][0] < block[0]:
+            mean, before, length = blocks.pop()
+            total = before + block[1]
+            block = ((mean * before + block[0] * block[1]) / total, total, length + block[2])
+        blocks.append(block)
+    return np.repeat([mean for mean, _, _ in blocks], [length for _, _, length in blocks])
 
 
 def cell_of(logprobs: NDArray[np.float64]) -> NDArray[np.int64]:

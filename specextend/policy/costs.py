@@ -13,7 +13,7 @@ REPEATS = 3
 TOO_DEAR = 5.0  # verifications that cost so many times that of one token are not measured: no tree is worth them
 RECENT = 9  # rounds whose clocks correct what was measured
 FORGETS = 0.95  # weight of the last round's drafting when the next one is known
-TRUST = np.diag([1.0, 4.0, 64.0])  # squares of samples that the measured seconds of a draft, level and row stand for
+TRUST = np.diag([1.0, 16.0])  # squares of samples that the measured seconds of reading and of a level stand for
 
 
 class Curve:
@@ -88,11 +88,12 @@ class Costs:
     def __init__(self, verify: Curve, draft: NDArray[np.float64]):
         self.verify_curve, self._measured = verify, draft
         self._ratios: deque[float] = deque(maxlen=RECENT)
+        self._unread: deque[tuple[float, int, int]] = deque(maxlen=RECENT)  # what no ratio was made of yet
         self._rest: dict[bool, deque[float]] = {True: deque(maxlen=RECENT), False: deque(maxlen=RECENT)}
         self._refresh: deque[float] = deque(maxlen=RECENT)
-        # seconds of drafting = [1, levels, rows] . weights, by least squares that forget what is long ago and fall back
-        # on what was measured
-        self._normal, self._moment = np.zeros((3, 3)), np.zeros(3)
+        # seconds of drafting = reading + level x levels, a row counted as a part of a level, by least squares that
+        # forget what is long ago and fall back on what was measured
+        self._normal, self._moment = np.zeros((2, 2)), np.zeros(2)
 
     def verify(self, slots: int, context: int) -> NDArray[np.float64]:
         """Seconds for verifying 1, 2, ..., `slots` slots."""
@@ -104,7 +105,7 @@ class Costs:
 
     def draft(self, levels: int, rows: int) -> float:
         """Seconds of drafting `levels` levels with `rows` rows together, the root's not counted."""
-        return float(max(self._weights @ np.array([1.0, levels, rows]), 0.0))
+        return float(max(self._weights @ self._sample(levels, rows), 0.0))
 
     @property
     def level(self) -> float:
@@ -114,7 +115,7 @@ class Costs:
     @property
     def row(self) -> float:
         """Seconds of one more row of a level."""
-        return float(max(self._weights[2], 0.0))
+        return self.level * self._row_share
 
     def rest(self, speculates: bool) -> float:
         """Seconds of what is neither drafting, verification nor refresh."""
@@ -125,33 +126,44 @@ class Costs:
         """Seconds of one refresh of the draft's working cache."""
         return _median(self._refresh)
 
-    def learn(self, seconds: dict[str, float], *, slots: int, context: int, levels: int, rows: int) -> None:
+    def learn(self, seconds: dict[str, float], passes: Sequence[int] | None, *, slots: int, context: int) -> None:
         """Correct by what a round took.
 
         Args:
             seconds: by stage, as in `Round.seconds`.
-            slots: verified; levels, rows: drafted; slots 1 and levels -1: it did not speculate.
+            passes: rows of each level drafted; None: it did not speculate.
+            slots: verified.
         """
-        self._ratios.append(seconds["verify"] / float(self.verify_curve.upto(slots, context)[-1]))
-        if "retrieve" in seconds:
-            self._refresh.append(seconds["retrieve"])
+        self._unread.append((seconds["verify"], slots, context))
         rest = seconds.get("accept", 0.0) + max(seconds.get("host", 0.0), 0.0)
-        if levels < 0:
+        if passes is None:
             self._rest[False].append(rest + seconds["draft"])
             return
+        if "retrieve" in seconds:
+            self._refresh.append(seconds["retrieve"])
         self._rest[True].append(rest)
-        sample = np.array([1.0, levels, rows])
-        took = min(seconds["draft"], 4 * self.draft(levels, rows))  # an interrupted round is no measure of its steps
+        sample = self._sample(len(passes), sum(passes))
+        took = min(seconds["draft"], 4 * float(self._weights @ sample))  # an interrupted round is no measure
         self._normal = FORGETS * self._normal + np.outer(sample, sample)
         self._moment = FORGETS * self._moment + sample * took
 
     @property
     def _correction(self) -> float:
+        while self._unread:
+            took, slots, context = self._unread.popleft()
+            self._ratios.append(took / float(self.verify_curve.upto(slots, context)[-1]))
         return _median(self._ratios) or 1.0
 
     @property
     def _weights(self) -> NDArray[np.float64]:
-        return np.linalg.solve(self._normal + TRUST, self._moment + TRUST @ self._measured)
+        return np.linalg.solve(self._normal + TRUST, self._moment + TRUST @ self._measured[:2])
+
+    @property
+    def _row_share(self) -> float:
+        return float(self._measured[2] / self._measured[1])
+
+    def _sample(self, levels: int, rows: int) -> NDArray[np.float64]:
+        return np.array([1.0, levels + rows * self._row_share])
 
 
 def _median(values: Iterable[float]) -> float:

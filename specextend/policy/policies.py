@@ -8,6 +8,7 @@ of a level. The price is the rate at which tokens come now, and never less than 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,9 +20,11 @@ from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
-GAIN_MEMORY = 0.75  # the same of what speculating gained
-FIRST_GAIN = 0.25  # tokens per round that speculating is believed to gain before it was tried
-FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # rounds without speculation until it is tried again
+GAIN_ROUNDS = 12  # that the mean of what speculating gained goes over
+FIRST_GAIN, FIRST_ROUNDS = 0.5, 2  # tokens per round that speculating is believed to gain, as if so many had shown it
+MOST_GAIN = 2.0  # tokens
+FIRST_PAUSE, LONGEST_PAUSE = 4, 32  # rounds without speculation until it is tried again
+SETTLED = 16  # rounds of speculation after which the next pause is a short one again
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
 
 
@@ -42,12 +45,14 @@ class Policy(Protocol):
         """What of a drafted tree is verified; the root alone if nothing is worth it."""
 
     def learn(
-        self, drafted: DraftTree | None, verified: int, tokens: list[int], seconds: dict[str, float], context: int
-    ) -> None:
+        self, drafted: DraftTree | None, passes: Sequence[int], verified: int, tokens: list[int],
+        seconds: dict[str, float], context: int,
+    ) -> None:  # fmt: skip
         """Take notice of a finished round.
 
         Args:
             drafted: what the draft proposed, before the cut; None if nothing was.
+            passes: rows of each level that the draft ran on, the root's not counted.
             verified: slots; tokens: the target's, the bonus token last; seconds: by stage.
         """
 
@@ -69,7 +74,7 @@ class FixedTree:
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
         return tree
 
-    def learn(self, drafted, verified, tokens, seconds, context) -> None:
+    def learn(self, drafted, passes, verified, tokens, seconds, context) -> None:
         pass
 
 
@@ -88,7 +93,8 @@ class PricedTree:
     def begin(self) -> None:
         self.calibration = Calibration()
         self._tokens = self._seconds = 0.0
-        self._gain, self._pause, self._wait = FIRST_GAIN, FIRST_PAUSE, 0
+        self._gain, self._tried, self._speculated = FIRST_GAIN, FIRST_ROUNDS, 0
+        self._pause, self._wait = FIRST_PAUSE, 0
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
 
     @property
@@ -116,23 +122,23 @@ class PricedTree:
         return tree.most_probable(int(worth.argmax()))
 
     def learn(
-        self, drafted: DraftTree | None, verified: int, tokens: list[int], seconds: dict[str, float], context: int
-    ) -> None:
-        levels, rows = -1, 0
-        if drafted is not None:
-            depth = drafted.depth.cpu().numpy()
-            levels, rows = int(depth.max()) - 1, int(((depth > 0) & (depth < depth.max())).sum())
-            reach = drafted.reach.double().exp().cpu().numpy()
-            self._learn_shape(depth, reach, levels, rows)
-            self._learn_acceptance(drafted, depth, tokens)
-        self.costs.learn(seconds, slots=verified, context=context, levels=levels, rows=rows)
+        self, drafted: DraftTree | None, passes: Sequence[int], verified: int, tokens: list[int],
+        seconds: dict[str, float], context: int,
+    ) -> None:  # fmt: skip
+        self.costs.learn(seconds, passes if drafted else None, slots=verified, context=context)
+        if drafted is None:  # as cheap as can be: this is what autoregressive decoding is compared with
+            return
+        levels, rows = len(passes), sum(passes)
+        depth = drafted.depth.cpu().numpy()
+        reach = drafted.reach.double().exp().cpu().numpy()
+        self._learn_shape(depth, reach, levels, rows)
+        self._learn_acceptance(drafted, depth, tokens)
         took = self._seconds_of(verified, levels, rows, context)
         self._tokens = RATE_MEMORY * self._tokens + len(tokens)
         self._seconds = RATE_MEMORY * self._seconds + took
-        if drafted is not None:
-            best = np.sort(reach[1:])[::-1][: verified - 1]
-            expected = (1.0 + float(best.sum()) + len(tokens)) / 2  # what was promised, and what came
-            self._learn_gain(expected - took / self.costs.plain(context))
+        best = np.sort(reach[1:])[::-1][: verified - 1]
+        # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
+        self._learn_gain((1.0 + float(best.sum()) + len(tokens)) / 2 - took / self.costs.plain(context))
 
     def _set_price(self, context: int) -> None:
         plain = self.costs.plain(context)
@@ -142,8 +148,6 @@ class PricedTree:
 
     def _seconds_of(self, verified: int, levels: int, rows: int, context: int) -> float:
         """What a round costs by all that is known; its own clock would tell of the machine's moods, too."""
-        if levels < 0:
-            return self.costs.plain(context)
         return (
             float(self.costs.verify(verified, context)[-1])
             + self.costs.draft(levels, rows)
@@ -153,12 +157,15 @@ class PricedTree:
 
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
-        self._gain = GAIN_MEMORY * self._gain + (1 - GAIN_MEMORY) * gain
-        if self._gain > 0:
+        gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
+        self._tried, self._speculated = min(self._tried + 1, GAIN_ROUNDS), self._speculated + 1
+        self._gain += (gain - self._gain) / self._tried
+        if self._speculated == SETTLED:
             self._pause = FIRST_PAUSE
-            return
-        self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-        self._gain = 0.0  # the next try decides
+        if self._gain <= 0:
+            self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+            self._gain, self._tried, self._speculated = 0.0, 0, 0  # the next round of speculation decides
+            self.calibration.fade(self._wait)
 
     def _learn_shape(self, depth, reach, levels: int, rows: int) -> None:
         """How much of a level's probability the next one holds, and how many rows a level has."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from specextend.config import TreeConfig
 from specextend.drafting.expansion import Level, grow
 from specextend.errors import ConfigError
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 PARENTS = st.lists(st.floats(0, 1, exclude_max=True), max_size=60).map(
@@ -133,7 +134,7 @@ def check_tree(tree: DraftTree, config: TreeConfig) -> None:
 
 
 def grow_from(draft: ScriptedDraft, config: TreeConfig) -> DraftTree:
-    return grow(torch.tensor(0), draft.logprobs(())[None], draft, config)
+    return grow(torch.tensor(0), draft.logprobs(())[None], draft, Growth.of(config))
 
 
 @settings(max_examples=150)
@@ -193,8 +194,8 @@ def test_certain_chain_is_followed_to_the_last_level():
 
 def test_log_probabilities_rounded_above_zero_keep_parents_before_children():
     after = torch.tensor([[1e-7, -20.0, -30.0]])  # a float32 log-softmax may do this
-    tree = grow(torch.tensor(1), after, lambda level: after.expand(len(level.tokens), 3), TreeConfig(3, 4, 0))
-    check_tree(tree, TreeConfig(3, 4, 0))
+    tree = grow(torch.tensor(1), after, lambda level: after.expand(len(level.tokens), 3), Growth(3, 4, 0))
+    check_tree(tree, Growth(3, 4, 0))
     assert tree.tokens.tolist() == [1, 0, 0, 0] and tree.parents.tolist() == [-1, 0, 1, 2]
 
 

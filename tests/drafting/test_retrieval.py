@@ -25,6 +25,7 @@ from specextend.modeling.attention import DenseAttention, HybridAttention
 from specextend.modeling.cache import DraftCache, KVCache
 from specextend.modeling.target import Target
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 CPU = torch.device("cpu")
@@ -231,7 +232,7 @@ def test_draft_on_its_working_cache_is_the_draft_run_from_scratch_on_the_kept_to
     drafter.prefill(prompt, first, 30)
     assert not heard.logits
     drafter.refresh(POSITIONS)
-    tree = drafter.propose()
+    tree = drafter.propose(Growth.of(CHAIN))
     kept = torch.cat((prompt[POSITIONS], first[None]))
     torch.testing.assert_close(heard.logits[0][0], from_scratch(hf_twin, model, kept), atol=1e-4, rtol=1e-4)
 
@@ -239,7 +240,7 @@ def test_draft_on_its_working_cache_is_the_draft_run_from_scratch_on_the_kept_to
     accepted = Accepted(torch.tensor([0, 1]), tree.tokens[1:2], torch.tensor(17))
     drafter.commit(accepted)
     heard.logits.clear()
-    drafter.propose()
+    drafter.propose(Growth.of(CHAIN))
     kept = torch.cat((kept, tree.tokens[1:2], torch.tensor([17])))
     torch.testing.assert_close(heard.logits[0][0], from_scratch(hf_twin, model, kept), atol=1e-4, rtol=1e-4)
 
@@ -249,7 +250,7 @@ def test_draft_on_its_working_cache_is_the_draft_run_from_scratch_on_the_kept_to
     assert drafter.context == 93
     drafter.refresh(positions)
     heard.logits.clear()
-    drafter.propose()
+    drafter.propose(Growth.of(CHAIN))
     everything = torch.cat((prompt, first[None], tree.tokens[1:2], torch.tensor([17])))
     kept = torch.cat((everything[positions], torch.tensor([23])))
     torch.testing.assert_close(heard.logits[0][0], from_scratch(hf_twin, model, kept), atol=1e-4, rtol=1e-4)
@@ -262,14 +263,15 @@ def test_every_tree_node_continues_the_kept_tokens_and_its_own_ancestors(
 ):
     model = perturbed(make_model("gqa", num_hidden_layers=1), 0)
     model.lm_head.weight.mul_(2.5)  # sharp enough to go deep, flat enough to branch
-    drafter, prompt, first = make_drafter(model, working, TreeConfig(24, 4, 0), route), make_prompt(90), torch.tensor(5)
+    tree_config = TreeConfig(24, 4, 0)
+    drafter, prompt, first = make_drafter(model, working, tree_config, route), make_prompt(90), torch.tensor(5)
     heard = Listener(model)
     drafter.prefill(prompt, first, 30)
     context = prompt
     if working:
         drafter.refresh(POSITIONS)
         context = prompt[POSITIONS]
-    tree = drafter.propose()
+    tree = drafter.propose(Growth.of(tree_config))
     twin, context = hf_twin(model), torch.cat((context, first[None]))
     handed = torch.cat(heard.logits)  # the root's row, then those of every level
     branching = 0

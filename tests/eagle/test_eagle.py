@@ -24,6 +24,7 @@ from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
+from specextend.trees.growth import Growth
 
 ROOT = Path(__file__).parents[2]
 HIDDEN, HEADS, FFN, VOCAB, DRAFT_VOCAB, LAYERS = 64, 4, 96, 97, 40, 6
@@ -246,7 +247,7 @@ def test_every_level_of_every_round_is_what_a_straight_line_gives(kind, kept, lo
             drafter.refresh(torch.tensor(kept))
             working = list(kept)
         drafter.levels.clear()
-        draft = drafter.propose()
+        draft = drafter.propose(Growth.of(tree))
 
         features = features_of(hf, torch.tensor(known[:-1]), reference.is_eagle3)
         fresh = list(range(cached, len(known) - 1))
@@ -289,7 +290,7 @@ def test_norm_before_residual_of_the_speculators_format(tmp_path, target_of, eng
     engine_target._tap = drafter.tap
     engine_target.prefill(ids, 50)
     drafter.prefill(ids, torch.tensor(3), 50)
-    drafter.propose()
+    drafter.propose(Growth(4, 1, 0))
     pairs = [(token, reference.state(feature)) for token, feature in zip([*ids[1:].tolist(), 3], features, strict=True)]
     torch.testing.assert_close(drafter._hidden[0], reference.output(pairs), atol=2e-4, rtol=1e-3)
 

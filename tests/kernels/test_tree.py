@@ -12,6 +12,7 @@ from specextend.drafting.expansion import Level, grow  # noqa: E402
 from specextend.kernels.tree import TreeBuffers  # noqa: E402
 from specextend.kernels.tree_attention import pack_mask  # noqa: E402
 from specextend.trees.acceptance import accept  # noqa: E402
+from specextend.trees.growth import Growth  # noqa: E402
 from specextend.trees.tree import DraftTree  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -55,7 +56,7 @@ def by_definition(config: TreeConfig, draft: Draft) -> DraftTree:
     def expand(level: Level) -> torch.Tensor:
         return draft.level(level.tokens, level.parents).log_softmax(-1)
 
-    return grow(torch.tensor(7, device=DEVICE), draft.root().log_softmax(-1), expand, config)
+    return grow(torch.tensor(7, device=DEVICE), draft.root().log_softmax(-1), expand, Growth.of(config))
 
 
 def as_tree(found: TreeBuffers) -> DraftTree:

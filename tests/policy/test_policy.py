@@ -1,0 +1,272 @@
+"""A price on time: costs, calibration, decisions, and that none of them changes a token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.errors import ConfigError
+from specextend.policy.calibration import CELLS, Calibration
+from specextend.policy.costs import Costs, Curve, measure_curve
+from specextend.policy.policies import LONGEST_PAUSE, PricedTree
+from specextend.trees.growth import Growth
+from specextend.trees.tree import DraftTree
+
+MS = 1e-3
+DRAFT = np.array([0.2, 0.2, 0.01]) * MS
+CONFIG = TreeConfig(15, 6, 0.0, rule="price")
+
+
+def costs(*verify: float, draft=DRAFT) -> Costs:
+    """Costs of a target that verifies 1, 8, 16, 32 slots in so many ms, at any context."""
+    return Costs(Curve((1, 8, 16, 32), (0, 1000), [[one * MS for one in verify]] * 2), draft)
+
+
+# ---- costs
+
+
+def test_costs_lie_on_lines_between_what_was_measured_and_beyond_it():
+    curve = Curve((1, 5, 9), (100, 300), [[1, 3, 3], [2, 4, 8]])
+    assert curve.upto(5, 100).tolist() == [1, 1.5, 2, 2.5, 3]
+    assert curve.upto(9, 300)[[0, 4, 8]].tolist() == [2, 4, 8]
+    assert curve.upto(9, 200)[8] == 5.5 and curve.upto(9, 500)[0] == 3
+    assert curve.upto(13, 300)[12] == 12
+
+
+def test_more_rows_never_cost_less_whatever_the_clock_said():
+    curve = Curve((1, 4, 8), (10, 20), [[3, 2, 5], [4, 9, 6]])
+    for context in (10, 15, 20, 100):
+        assert (np.diff(curve.upto(16, context)) >= 0).all()
+
+
+def test_sizes_that_no_tree_is_worth_are_not_measured():
+    asked = []
+
+    def run(rows: int, context: int) -> float:
+        asked.append(rows)
+        return rows * MS
+
+    curve = measure_curve(run, (1, 4, 8, 64), (10, 20))
+    assert 64 not in asked and curve.upto(8, 20)[-1] == pytest.approx(8 * MS)
+
+
+def test_clocks_of_the_rounds_correct_what_was_measured():
+    one = costs(5, 6, 7, 9)
+    for _ in range(40):
+        one.learn({"verify": 12 * MS, "draft": 2.4 * MS, "accept": MS}, (4, 4, 4), slots=8, context=50)
+        one.learn({"verify": 10 * MS, "draft": 0.1 * MS}, None, slots=1, context=50)
+    assert one.plain(50) == pytest.approx(10.1 * MS)
+    assert one.verify(8, 50)[-1] == pytest.approx(12 * MS)
+    assert one.draft(3, 12) == pytest.approx(2.4 * MS, rel=0.1)
+
+
+# ---- calibration
+
+
+def test_nothing_learned_takes_the_draft_at_its_word():
+    given_ = torch.linspace(-12, 0, 50, dtype=torch.float64)
+    for depth in (1, 2, 7):
+        torch.testing.assert_close(Calibration()(given_, depth), given_, atol=0.03, rtol=0.01)
+
+
+@given(st.integers(0, 10**6), st.floats(0.3, 3.0))
+def test_calibrated_probabilities_keep_their_order_and_come_near_the_truth(seed, power):
+    random = np.random.default_rng(seed)
+    one, truth = Calibration(), lambda p: p**power
+    for _ in range(200):
+        p = random.uniform(0.02, 0.98, 20)
+        one.learn(np.log(p), random.integers(1, 6, 20), random.uniform(size=20) < truth(p))
+    asked = torch.linspace(-16, 0, 400, dtype=torch.float64)
+    found = one(asked, 1)
+    assert (found.diff() >= -1e-12).all() and (found <= 0).all()
+    p = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    assert (one(p.log(), 1).exp() - truth(p)).abs().mean() < 0.08
+
+
+def test_tables_and_calls_agree():
+    one = Calibration()
+    one.learn(np.log([0.9, 0.8, 0.1]), np.array([1, 1, 2]), np.array([True, False, True]))
+    knots = torch.tensor([-((k / 4) ** 2) for k in range(CELLS + 1)], dtype=torch.float64)
+    for depth in (1, 2, 3):
+        torch.testing.assert_close(one(knots, depth), torch.from_numpy(one.table[depth - 1].copy()))
+
+
+# ---- decisions
+
+
+def tree_of(reach: list[float]) -> DraftTree:
+    """Children of one root that are accepted with these probabilities."""
+    count = len(reach) + 1
+    tree = DraftTree.from_parents(torch.arange(count), torch.tensor([-1] + [0] * len(reach)))
+    scores = torch.tensor([0.0, *np.log(reach)], dtype=torch.float64)
+    return DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, scores, scores)
+
+
+def test_a_node_is_verified_if_it_earns_its_slot():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
+    assert policy.plan(100) is not None
+    kept = policy.cut(tree_of([0.5, 0.2, 0.05, 0.01]), 100)
+    slot = (5 - 4) / 7 * policy.price * MS  # 0.036
+    assert len(kept) == 1 + sum(p > slot for p in (0.5, 0.2, 0.05, 0.01)) == 4
+    assert kept.tokens.tolist() == [0, 1, 2, 3]
+
+
+def test_a_staircase_is_looked_at_to_its_end():
+    # seven nodes of 0.08 do not pay the step at two slots, fifteen of them do
+    flat = Costs(Curve((1, 2, 16), (0, 1000), [[4 * MS, 7 * MS, 7 * MS]] * 2), DRAFT)
+    policy = PricedTree(CONFIG, flat, refresh_every=4)
+    policy.plan(100)
+    assert len(policy.cut(tree_of([0.08] * 7), 100)) == 1
+    assert len(policy.cut(tree_of([0.08] * 15), 100)) == 16
+
+
+def test_dear_levels_need_more_gain_than_cheap_ones():
+    cheap = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
+    dear = PricedTree(CONFIG, costs(4, 5, 6, 8, draft=np.array([2, 2, 0.1]) * MS), refresh_every=4)
+    assert dear.plan(100).threshold > 5 * cheap.plan(100).threshold > 0
+
+
+def rounds(policy: PricedTree, accepts: bool, count: int) -> list[bool]:
+    """Whether each of `count` rounds speculated; the draft is sure of four children in a row, and wrong or right."""
+    chain = DraftTree.chain(torch.arange(5))
+    scores = torch.log(torch.tensor([1.0, 0.9, 0.9, 0.9, 0.9], dtype=torch.float64))
+    tree = DraftTree(chain.tokens, chain.parents, chain.depth, chain.ancestors, scores, scores.cumsum(0))
+    took = {"draft": 2.8 * MS, "verify": 5 * MS, "accept": 0.1 * MS, "host": 0.0}
+    done = []
+    for _ in range(count):
+        growth = policy.plan(100)
+        done.append(growth is not None)
+        if growth is None:
+            policy.learn(None, (), 1, [7], {"draft": 0.0, "verify": 4 * MS, "accept": 0.1 * MS, "host": 0.0}, 100)
+            continue
+        reach = torch.cat([growth.calibration(scores[i : i + 1], i) if i else scores[:1] for i in range(5)]).cumsum(0)
+        drafted = DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, scores, reach)
+        kept = policy.cut(drafted, 100)
+        tokens = [1, 2, 3, 4, 50][: len(kept)] if accepts else [50]
+        policy.learn(drafted, (1, 1, 1), len(kept), tokens, took, 100)
+    return done
+
+
+def test_a_draft_that_is_always_wrong_is_given_up_and_tried_again_ever_more_rarely():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8, draft=np.array([1, 0.6, 0.01]) * MS), refresh_every=4)
+    speculated = np.flatnonzero(rounds(policy, accepts=False, count=600))
+    assert len(speculated) < 30 and (speculated[1:8] < 100).any()
+    assert np.diff(speculated).max() == LONGEST_PAUSE + 1
+    assert np.mean(rounds(policy, accepts=False, count=400)) <= 1 / LONGEST_PAUSE
+
+
+def test_a_draft_that_is_right_is_never_given_up_and_one_that_becomes_right_is_found():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8, draft=np.array([1, 0.6, 0.01]) * MS), refresh_every=4)
+    assert all(rounds(policy, accepts=True, count=100))
+    rounds(policy, accepts=False, count=200)
+    rounds(policy, accepts=True, count=2 * LONGEST_PAUSE)
+    assert np.mean(rounds(policy, accepts=True, count=100)) > 0.9
+
+
+def test_a_new_prompt_begins_without_what_the_last_one_taught():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
+    rounds(policy, accepts=False, count=100)
+    policy.begin()
+    assert policy.plan(100) is not None
+    assert np.array_equal(policy.calibration.table, Calibration().table)
+
+
+# ---- the tokens
+
+
+class Dice:
+    """A policy that decides at random."""
+
+    price = 0.0
+
+    def __init__(self, config: TreeConfig, seed: int):
+        self._config, self._random = config, np.random.default_rng(seed)
+
+    def begin(self) -> None:
+        pass
+
+    def plan(self, context: int) -> Growth | None:
+        nodes, depth = self._random.integers(1, self._config.nodes + 1), self._random.integers(1, 7)
+        bounds = Growth(int(nodes), int(depth), self._random.choice([0.0, 0.3]), self._random.choice([0.0, 0.05]))
+        return bounds if self._random.uniform() < 0.4 else None
+
+    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+        return tree.most_probable(int(self._random.integers(0, len(tree))))
+
+    def learn(self, *_) -> None:
+        pass
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    cache=st.sampled_from(["full", "streaming", "retrieval"]),
+    length=st.integers(1, 90),
+    noise=st.sampled_from([0.0, 0.3, 3.0]),
+    sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.8, seed=3)]),
+)
+def test_no_decision_changes_a_token(
+    seed, cache, length, noise, sampling, make_model, perturbed, make_engine, make_prompt
+):
+    target = make_model("gqa")
+    config = SpecExtendConfig.specextend(
+        draft_cache=cache, tree=TreeConfig(8, 6, 0.0, rule="price"), retrieval=RetrievalConfig(4, 3, 2)
+    )
+    engine = make_engine(target, perturbed(target, noise), config)
+    backend = backend_of(engine)
+    backend._set_costs = lambda verify: None
+    backend._policy = Dice(config.tree, seed)
+    prompt = make_prompt(length, seed)
+    plain = engine.autoregressive(prompt, 60, sampling=sampling)
+    assert engine.generate(prompt, 60, sampling=sampling).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("cache", ["full", "retrieval"])
+def test_priced_trees_keep_the_output_and_leave_no_hole_in_the_drafts_cache(
+    cache, make_model, make_engine, make_prompt, monkeypatch
+):
+    """The draft is the target itself: whatever pauses there were, what it proposes next must be accepted."""
+    target = make_model("gqa")
+    config = SpecExtendConfig.specextend(
+        draft_cache=cache, tree=TreeConfig(4, 3, 0.0, rule="price"), retrieval=RetrievalConfig(32, 32, 4)
+    )
+    engine = make_engine(target, target, config)
+    engine.generate(make_prompt(20), 4)
+    policy = backend_of(engine)._policy
+    turns = iter([True, False] * 3 + [False] * 70 + [True] * 100)
+    monkeypatch.setattr(policy, "plan", lambda context: Growth(4, 3, 0.0) if next(turns) else None)
+    monkeypatch.setattr(policy, "cut", lambda tree, context: tree)
+    result = engine.generate(make_prompt(30), 120)
+    assert result.token_ids == engine.autoregressive(make_prompt(30), 120).token_ids
+    assert any(one.drafted == 0 for one in result.rounds)
+    assert all(one.accepted >= 1 for one in result.rounds[:-1] if one.drafted)
+
+
+def test_costs_are_measured_once_and_stand_in_no_figure(make_model, make_engine, make_prompt):
+    engine = make_engine(make_model("gqa"), make_model("gqa"), SpecExtendConfig.specextend(tree=TreeConfig.priced()))
+    first, second = (engine.generate(make_prompt(40), 10) for _ in range(2))
+    assert first.capture_s > 0 == second.capture_s
+    assert engine.generate(make_prompt(400), 4).capture_s > 0  # much longer than what was measured
+
+
+def test_price_and_bounds_are_not_mixed():
+    with pytest.raises(ConfigError, match="leave it out"):
+        TreeConfig(threshold=0.3, rule="price")
+    with pytest.raises(ConfigError, match="choose one of"):
+        TreeConfig(rule="luck")
+
+
+def test_most_probable_keeps_parents_before_children():
+    parents = torch.tensor([-1, 0, 0, 1, 3])
+    reach = torch.log(torch.tensor([1.0, 0.6, 0.4, 0.6, 0.1]))
+    tree = DraftTree.from_parents(torch.arange(5), parents)
+    tree = DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, reach, reach)
+    small = tree.most_probable(2)
+    assert small.tokens.tolist() == [0, 1, 3] and small.parents.tolist() == [-1, 0, 1]
+    assert torch.equal(small.ancestors, DraftTree.from_parents(small.tokens, small.parents).ancestors)
+    assert tree.most_probable(4) is tree
