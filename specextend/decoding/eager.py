@@ -7,6 +7,7 @@ from torch import Tensor
 from specextend.config import RoundSlots
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
+from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
@@ -18,17 +19,20 @@ class EagerBackend:
 
     Args:
         slots: cache slots that a round may need.
+        prefixes: what is kept from prompt to prompt.
     """
 
     name = "eager"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots):
-        self.device = target.model.device
+    def __init__(
+        self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots, prefixes: NoReuse | None = None
+    ):  # fmt: skip
+        self.device, self._prefixes = target.model.device, prefixes or NoReuse()
         self._target, self._drafter, self._retriever, self._slots = target, drafter, retriever, slots
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
-        return read_prompt(output, self._target, self._drafter, self._reserved.extra_slots)
+        return read_prompt(output, self._target, self._drafter, self._reserved.extra_slots, self._prefixes)
 
     def refresh_is_due(self) -> bool:
         return self._retriever.is_due(len(self._output.rounds), self._output.context)

@@ -16,6 +16,7 @@ from torch import Tensor
 from specextend.config import RoundSlots
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
+from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.captured import CapturedDraft, span_for
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import Retriever, select_positions
@@ -34,13 +35,17 @@ class GraphBackend:
     Args:
         target, drafter: they read the prompt; their caches are what the captured steps go on with.
         slots: cache slots that a round may need.
+        prefixes: what is kept from prompt to prompt.
         dense: attends by dense attention, the baseline of Hybrid Tree Attention.
     """
 
     name = "graphs"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots, *, dense: bool):
-        self.device = target.model.device
+    def __init__(
+        self, target: Target, drafter: Drafter, retriever: Retriever, slots: RoundSlots,
+        prefixes: NoReuse | None = None, *, dense: bool,
+    ):  # fmt: skip
+        self.device, self._prefixes = target.model.device, prefixes or NoReuse()
         self._host_target, self._drafter, self._retriever = target, drafter, retriever
         self._slots, self._dense = slots, dense
         self._draft: CapturedDraft | None = None
@@ -50,7 +55,7 @@ class GraphBackend:
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
-        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots)
+        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots, self._prefixes)
         if self._draft is None:
             self._build()
         self._begin(first)

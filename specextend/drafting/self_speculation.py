@@ -7,6 +7,7 @@ gathered token keeps its position in the context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,7 @@ class SelfDrafter(Drafter):
     def context(self) -> int:
         return self._sparse.full.length
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         self._sparse.begin()
         self._root = first.reshape(1)
 
@@ -118,14 +119,18 @@ class HierarchicalDrafter(SelfDrafter):
             raise ConfigError("an EAGLE head needs the whole target's hidden states; triforce drafts with a small LM")
         super().__init__(sparse, config.tree.max_depth)
         self._small, self._window = small, StreamingWindow.of_size(config.retrieval)
+        self.kept = small.kept
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
         return replace(config, drafting="model", draft_cache="streaming")
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         super().prefill(prompt, first, extra_slots)
-        self._small.prefill(prompt, first, extra_slots)
+        self._small.prefill(prompt, first, extra_slots, known)
+
+    def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
+        return self._small.entries(prompt_tokens, emitted)
 
     def propose(self) -> DraftTree:
         tokens = self._root
