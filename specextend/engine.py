@@ -84,6 +84,7 @@ class SpecExtend:
         self.why_not_reused = why_not_reused(models) if prefix_reuse else "it was turned off"
         limits = prefix_reuse if isinstance(prefix_reuse, PrefixLimits) else PrefixLimits() if prefix_reuse else None
         apart = NoReuse(self._cache, limits)
+        self._prefixes: NoReuse | None = apart
         alone = SpecExtendConfig.specextend(
             drafting="none", draft_cache="full", prefill_block=self.config.prefill_block
         )
@@ -93,8 +94,9 @@ class SpecExtend:
                 raise ConfigError("transformers' own loop has no cache for a sharded target; choose another method")
             self._method: Backend | HuggingFace | None = HuggingFace(models.target)
         else:
-            reuse = apart if self.why_not_reused or not drafter else PrefixReuse(self._cache, drafter, limits)
-            self._method = self._backend(self.config, drafter, reuse) if drafter else None
+            if drafter and not self.why_not_reused:
+                self._prefixes = PrefixReuse(self._cache, drafter, limits)
+            self._method = self._backend(self.config, drafter, self._prefixes) if drafter else None
 
     @classmethod
     def from_pretrained(
@@ -141,7 +143,7 @@ class SpecExtend:
             return
         lock, device = self._models.lock, self._models.device
         with nullcontext() if lock.is_mine() else lock():  # a stream left open in this thread ends here
-            self._models = self._cache = self._method = self._baseline = None
+            self._models = self._cache = self._method = self._baseline = self._prefixes = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -168,6 +170,11 @@ class SpecExtend:
     def cache_bytes(self) -> int:
         """Bytes the target's key/value cache holds now; it grows with the longest prompt so far."""
         return self._cache.nbytes if self._models is not None else 0
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefixes kept beside what the caches hold, the target's and the draft's."""
+        return self._prefixes.nbytes if self._models is not None else 0
 
     @property
     def limit(self) -> int:

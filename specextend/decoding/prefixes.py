@@ -47,9 +47,18 @@ class NoReuse:
     def hold(self, output: Output) -> None:
         """The caches hold the prompt of `output`, and will hold what it becomes."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of all copies."""
+        return sum(cache.prefixes.nbytes for cache in self._caches)
+
     def make_room(self) -> bool:
         """Free what only other prompts have a use for; whether that was anything."""
-        return self._cache is not None and self._cache.prefixes.drop_copies()
+        return any([cache.prefixes.drop_copies() for cache in self._caches])
+
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [] if self._cache is None else [self._cache]
 
 
 class PrefixReuse(NoReuse):
@@ -85,10 +94,9 @@ class PrefixReuse(NoReuse):
         if drafter.kept is not None:
             drafter.kept.prefixes.hold(of_draft)
 
-    def make_room(self) -> bool:
-        kept = self._drafter.kept
-        freed = kept is not None and kept.prefixes.drop_copies()
-        return super().make_room() or freed
+    @property
+    def _caches(self) -> list[KVCache]:
+        return [self._cache, *([] if self._drafter.kept is None else [self._drafter.kept])]
 
     def _of_draft(self, prompt: torch.Tensor, scope: str | None) -> int:
         kept = self._drafter.kept
