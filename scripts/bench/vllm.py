@@ -131,7 +131,7 @@ def measure_ours(work: Work, _: str) -> tuple[dict[str, Any], list[dict[str, Any
     models = replace(widened(small, SHAPE), eos_token_ids=frozenset())
     configs = {f"ours_tree_{end:g}": SpecExtendConfig.specextend(tree=TreeConfig(threshold=end)) for end in THRESHOLDS}
     first, *others = configs
-    engines = {first: SpecExtend(models, configs[first])}
+    engines = {first: SpecExtend(models, configs[first], prefix_reuse=False)}
     engines |= {name: engines[first].with_config(configs[name]) for name in others}
     prompts = read(work, lambda text: engines[first].encode(text).tolist())
     (work.folder / "prompts.json").write_text(json.dumps(prompts))

@@ -18,6 +18,7 @@ from specextend.modeling.cache import KVCache
 from specextend.modeling.prefixes import Contents, PrefixLimits
 from specextend.models.loading import LoadedModels
 
+ORDINARY = ("torch.nn.", "transformers.", "specextend.")
 INDEPENDENT = ("default", "linear", "llama3", "yarn")  # kinds of rope that rotate a token alike in every prompt
 
 
@@ -111,6 +112,7 @@ def why_not_reused(models: LoadedModels) -> str | None:
     if kind not in INDEPENDENT:
         return f"with {kind} rope a token's key depends on the prompt's length"
     for name, module in models.target.named_modules():
-        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or models.name} has a wrapped forward, which may compute other keys for another prompt"
+        wrapped = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+        if wrapped or not type(module).__module__.startswith(ORDINARY):
+            return f"{name or models.name} has a forward of its own, whose keys may depend on the whole prompt"
     return None
