@@ -104,9 +104,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
         if args.compare and models.draft is not None:
             tree = flags.config_from(args, models, "standard").tree
             configs.append(SpecExtendConfig.standard(tree=tree))
-        engine = uniform_engine(
-            models, configs, eager=args.eager, prefix_reuse=args.prefix_reuse and not args.compare
-        )
+        engine = uniform_engine(models, configs, eager=args.eager, prefix_reuse=args.prefix_reuse and not args.compare)
     reporter.introduce(engine, sampling)
     methods = {name_of(engine.config): engine.generate}
     if args.compare:
