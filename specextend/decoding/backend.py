@@ -57,7 +57,7 @@ def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: i
     known = prefixes.enter(output)
     try:
         logits = target.prefill(output.prompt, extra_slots, known.target)
-    except CapacityError:
+    except (CapacityError, torch.OutOfMemoryError):
         if not prefixes.make_room() and not known.target:
             raise
         known = known._replace(target=0)  # a cache that keeps nothing is freed before a larger one is made

@@ -189,7 +189,7 @@ class Output:
         assert self.finish_reason is not None, "the generation has not finished"
         return Generation(
             self.prompt_tokens,
-            self.token_ids,
+            list(self.token_ids),  # the caller's own; what the caches hold is known from these
             self.text(),
             self.finish_reason,
             self.rounds,

@@ -81,7 +81,8 @@ class PrefixReuse(NoReuse):
         return Known(self._cache.prefixes.enter(self._cache, prompt, output.prefix_scope, self._limits), draft)
 
     def hold(self, output: Output) -> None:
-        prompt, drafter = output.prompt.cpu(), self._drafter
+        # a copy: the caller's tensor may become another prompt
+        prompt, drafter = output.prompt.to("cpu", copy=True), self._drafter
 
         def contents(entries: int, lookahead: int = 0) -> Contents:
             generated = torch.tensor(output.token_ids, dtype=prompt.dtype)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from specextend.errors import ConfigError
@@ -122,6 +121,7 @@ class Prefixes:
             cache.reset(found)
         cache.buffer[..., :found, :] = best.copy[..., :found, :]
         if best.entries - found >= limits.worth:
+            self._make_room(best.copy.nbytes, limits)
             self._copies.append(best)
         return found
 
@@ -132,17 +132,21 @@ class Prefixes:
             self._save(cache, now, now.entries, limits)
 
     def _save(self, cache: Buffered, now: Contents, lost: int, limits: PrefixLimits) -> None:
-        """Copy what is in the cache, if so many entries as are `lost` are worth it; the oldest copies make room."""
+        """Copy what is in the cache, if so many entries as are `lost` are worth it."""
         size = cache.buffer[..., : now.entries, :].nbytes
         if lost < limits.worth or size > limits.nbytes or not limits.copies:
             return
         if any(now.is_within(one) for one in self._copies):
             return
         self._copies = [one for one in self._copies if not one.is_within(now)]
-        while self._copies and (len(self._copies) >= limits.copies or self.nbytes + size > limits.nbytes):
-            del self._copies[0]
+        self._make_room(size, limits)
         try:
             now.copy = cache.buffer[..., : now.entries, :].clone()
-        except (torch.OutOfMemoryError, RuntimeError):  # as the CPU's allocator says it
+        except RuntimeError:  # out of memory; a CPU has no error of its own for it
             return
         self._copies.append(now)
+
+    def _make_room(self, size: int, limits: PrefixLimits) -> None:
+        """Drop the copies used longest ago until one more of `size` bytes is within the limits."""
+        while self._copies and (len(self._copies) >= limits.copies or self.nbytes + size > limits.nbytes):
+            del self._copies[0]
