@@ -4,6 +4,7 @@
     python -m scripts.bench.prefix --model_name vicuna_7b --output results/gpu/prefix.json
 
 Questions: each after the same document, by an engine that keeps prefixes, beside one that reads every prompt whole.
+Return: the document again after another one, out of a copy.
 Conversation: ten turns of one session over the document, greedy and sampled; tokens and accepted drafts of every turn
 are compared with those of an engine that reads the whole. Seconds to the first token, the draft's prefill included.
 """
@@ -41,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     draft = flags.draft_from(args)
     models = load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device)
-    document = document_of(models, args.document_tokens)
+    document, other = (document_of(models, args.document_tokens, number) for number in range(2))
     record: dict[str, Any] = {
         "setting": {
             "model": models.name, "draft": models.draft_id, "dtype": str(models.dtype).removeprefix("torch."),
@@ -49,6 +50,7 @@ def main() -> None:
         },
         "environment": environment(),
         "questions": questions(models, document, args.new_tokens, args.eager),
+        "return": returning(models, document, other, args.eager),
         "conversations": {
             name: conversation(models, document, args.new_tokens, args.eager, sampling)
             for name, sampling in SAMPLINGS.items()
@@ -59,10 +61,10 @@ def main() -> None:
     print(json.dumps({"output": str(args.output)} | record["summary"]))
 
 
-def document_of(models: LoadedModels, tokens: int) -> str:
-    """The beginning of the built-in text, repeated if it is too short."""
+def document_of(models: LoadedModels, tokens: int, number: int = 0) -> str:
+    """One of the parts of the built-in text, repeated if it is too short."""
     ids = models.tokenizer(builtin_text(), add_special_tokens=False).input_ids
-    return models.tokenizer.decode((ids * -(-tokens // len(ids)))[:tokens])
+    return models.tokenizer.decode((ids * -(-(number + 1) * tokens // len(ids)))[number * tokens :][:tokens])
 
 
 def questions(models: LoadedModels, document: str, new_tokens: int, eager: bool) -> list[dict[str, Any]]:
@@ -76,6 +78,19 @@ def questions(models: LoadedModels, document: str, new_tokens: int, eager: bool)
         asked = [{"role": "system", "content": document}, {"role": "user", "content": question}]
         rows.append(compared(*(engine.chat(asked, new_tokens) for engine in engines)))
     return rows
+
+
+def returning(models: LoadedModels, document: str, other: str, eager: bool) -> dict[str, Any]:
+    """The same document before and after another one, which writes over it in the caches."""
+    engine = SpecExtend(models, eager=eager)
+    first, _, back = (
+        engine.generate(f"{text}\n\n{question}", 1)
+        for text, question in zip((document, other, document), QUESTIONS, strict=False)
+    )
+    return {
+        "first_ttft_s": first.ttft_s, "back_ttft_s": back.ttft_s, "cached_tokens": back.cached_tokens,
+        "copies_bytes": engine.prefix_bytes,
+    }  # fmt: skip
 
 
 def conversation(
@@ -109,6 +124,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "first_ttft_s": first["ttft_s"],
         "second_over_first": rest[0]["ttft_s"] / first["ttft_s"],
         "later_over_first": statistics.median(row["ttft_s"] for row in rest) / first["ttft_s"],
+        "back_over_first": record["return"]["back_ttft_s"] / record["return"]["first_ttft_s"],
         "turn_over_whole": statistics.median(later),
         "turns": len(turns),
         "same_tokens": sum(row["same_tokens"] for row in turns),
