@@ -127,10 +127,11 @@ class ConsoleReporter:
 
 
 def _one_line(name: str, result: Generation) -> str:
+    known = f" ({result.cached_tokens} prompt tokens were known)" if result.cached_tokens else ""
     return (
         f"[bold]{name}[/]: {result.new_tokens} tokens ({result.finish_reason}), "
         f"{result.accepted_per_round:.2f} draft tokens accepted per round, {result.tokens_per_round:.2f} tokens per "
-        f"round; prefill {result.ttft_s:.2f} s, then {result.decode_tokens_per_s:.1f} tokens/s "
+        f"round; prefill {result.ttft_s:.2f} s{known}, then {result.decode_tokens_per_s:.1f} tokens/s "
         f"({result.tokens_per_s:.1f} end to end)"
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.bench.prefix import SAMPLINGS, conversation, document_of, questions, summary
+from scripts.bench.prefix import SAMPLINGS, conversation, document_of, questions, returning, summary
 
 RECORD = json.loads((Path(__file__).parents[2] / "results" / "cpu" / "prefix.json").read_text())
 
@@ -19,7 +19,9 @@ def test_a_short_document_is_measured(bundled_models):
     assert first["cached_tokens"] < 10 and all(row["cached_tokens"] > 140 for row in rest)
     assert [row["cached_tokens"] > 140 for row in turns] == [False] + [True] * 9
     assert all(row["same_tokens"] and row["ttft_s"] > 0 for row in (first, *rest, *turns))
-    found = summary({"questions": [first, *rest], "conversations": {"sampled": turns}})
+    again = returning(bundled_models, document_of(bundled_models, 300), document_of(bundled_models, 300, 1), True)
+    assert again["cached_tokens"] > 290 and again["copies_bytes"] > 0
+    found = summary({"questions": [first, *rest], "return": again, "conversations": {"sampled": turns}})
     assert found["second_over_first"] == rest[0]["ttft_s"] / first["ttft_s"] and found["turns"] == 10
 
 
