@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,6 +30,8 @@ class EagleDrafter(TreeDrafter):
 
     The head's cache holds pairs: pair i is token i + 1 with the target's feature of token i, at position i. After N
     committed tokens and a root, N pairs exist, and the last of them, the root's, predicts the tree's first level.
+    A prefill begins with the pair that joins the last known token to the first new one, so the target reads that
+    token's feature again.
 
     Args:
         vocab_size: the target's; ids beyond it are never proposed.
@@ -38,6 +40,7 @@ class EagleDrafter(TreeDrafter):
 
     def __init__(self, head: Head, config: SpecExtendConfig, vocab_size: int, *, target: PreTrainedModel):
         super().__init__(head.config, head.rotary_emb, target.dtype, target.device, config)
+        self.lookahead = 1
         self.tap = FeatureTap(target, head.entering)
         self.head, self._vocab_size = head, vocab_size
         self._tokens = self._states = self._hidden = torch.empty(0)
@@ -66,14 +69,21 @@ class EagleDrafter(TreeDrafter):
             scratch=self._slots.draft,
         )  # fmt: skip
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
+        # a round's pairs come with the next one's tree; keys and values follow from a pair alone, whenever it came
+        if not emitted:
+            return prompt_tokens - 1
+        behind = max(len(self._tokens) - emitted[-1], 0)  # of rounds that did not speculate
+        return prompt_tokens + sum(emitted[:-1]) - behind
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         """The prompt's pairs need keys and values only: nothing reads the block's output for them."""
-        self._reset(len(prompt), extra_slots)
+        self._reset(len(prompt), extra_slots, known)
         tokens, features = torch.cat((prompt[1:], first.reshape(1))), self.tap.take()
-        block = self._prefill_block or len(prompt)
-        for start in range(0, len(prompt) - 1, block):
+        block, unread = self._prefill_block or len(prompt), len(prompt) - len(features)
+        for start in range(known, len(prompt) - 1, block):
             pairs = slice(start, min(start + block, len(prompt) - 1))
-            states = self.head.states(features[pairs])
+            states = self.head.states(features[pairs.start - unread : pairs.stop - unread])
             key, value = self.head.keys_and_values(tokens[None, pairs], states[None], self._unrotated)
             self.cache.store_prompt(0, key, value)
             self.cache.commit_prompt(key.shape[2])

@@ -6,16 +6,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
     from specextend.decoding.output import Generation, Round
+    from specextend.decoding.session import Session
     from specextend.engine import SpecExtend
     from specextend.integrations.custom_generate import custom_generate
+    from specextend.modeling.prefixes import PrefixLimits
     from specextend.models.presets import PRESETS
 
 __all__ = [
     "PRESETS",
     "Generation",
+    "PrefixLimits",
     "RetrievalConfig",
     "Round",
     "SamplingConfig",
+    "Session",
     "SpecExtend",
     "SpecExtendConfig",
     "TreeConfig",
@@ -24,9 +28,11 @@ __all__ = [
 _HOMES = {
     "PRESETS": "models.presets",
     "Generation": "decoding.output",
+    "PrefixLimits": "modeling.prefixes",
     "RetrievalConfig": "config",
     "Round": "decoding.output",
     "SamplingConfig": "config",
+    "Session": "decoding.session",
     "SpecExtend": "engine",
     "SpecExtendConfig": "config",
     "TreeConfig": "config",

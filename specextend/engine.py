@@ -24,8 +24,10 @@ from specextend.decoding.hugging_face import HuggingFace
 from specextend.decoding.loop import decode
 from specextend.decoding.observer import Observer
 from specextend.decoding.output import Generation, Output, Round
+from specextend.decoding.prefixes import NoReuse, PrefixReuse, why_not_reused
 from specextend.decoding.processors import ProcessedChooser
 from specextend.decoding.sampling import chooser
+from specextend.decoding.session import Session
 from specextend.decoding.text import TextStream, TokenDecoder
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.prompt_lookup import PromptLookup
@@ -38,6 +40,7 @@ from specextend.modeling.attention import attention
 from specextend.modeling.cache import KVCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.packed import return_freed_memory
+from specextend.modeling.prefixes import PrefixLimits
 from specextend.modeling.rope import make_exact
 from specextend.modeling.target import Target
 from specextend.models.loading import LoadedModels, load_models
@@ -59,14 +62,18 @@ class SpecExtend:
         config: None takes SpecExtend with all of its parts, with the preset's tree for the device.
         cache: the target's KV cache, shared by engines that take turns; None makes one.
         eager: never capture CUDA graphs, which a GPU does by default where the models allow it.
+        prefix_reuse: a prompt that begins like an earlier one is read from where they part; with limits for what is
+            kept of earlier ones. False reads every prompt whole, as measurements of a prefill must.
+    Attributes:
+        why_not_reused: why prefixes are not, None where they are.
     """
 
     def __init__(
         self, models: LoadedModels, config: SpecExtendConfig | None = None, *, cache: KVCache | None = None,
-        eager: bool = False,
+        eager: bool = False, prefix_reuse: bool | PrefixLimits = True,
     ):  # fmt: skip
         self._models: LoadedModels | None = models
-        self._eager = eager
+        self._eager, self._prefix_reuse = eager, prefix_reuse
         if not isinstance(config, SpecExtendConfig | None):
             raise ConfigError(f"config is {config!r}; give a SpecExtendConfig, or None for all parts of SpecExtend")
         self.config = default_config(models) if config is None else config
@@ -76,16 +83,22 @@ class SpecExtend:
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         drafter = _build_drafter(models, self.config, self._cache)
         self.why_eager = "it was asked for" if eager else why_not_captured(models, self.config, drafter)
+        self.why_not_reused = why_not_reused(models) if prefix_reuse else "it was turned off"
+        limits = prefix_reuse if isinstance(prefix_reuse, PrefixLimits) else PrefixLimits() if prefix_reuse else None
+        apart = NoReuse(self._cache, limits)
+        self._prefixes: NoReuse | None = apart
         alone = SpecExtendConfig.specextend(
             drafting="none", draft_cache="full", prefill_block=self.config.prefill_block
         )
-        self._baseline: Backend | None = self._backend(alone, Drafter())
+        self._baseline: Backend | None = self._backend(alone, Drafter(), apart)
         if self.config.drafting == "hugging_face":
             if models.ranks > 1:
                 raise ConfigError("transformers' own loop has no cache for a sharded target; choose another method")
             self._method: Backend | HuggingFace | None = HuggingFace(models.target)
         else:
-            self._method = self._backend(self.config, drafter) if drafter else None
+            if drafter and not self.why_not_reused:
+                self._prefixes = PrefixReuse(self._cache, drafter, limits)
+            self._method = self._backend(self.config, drafter, self._prefixes) if drafter else None
 
     @classmethod
     def from_pretrained(
@@ -97,6 +110,7 @@ class SpecExtend:
         dtype: str = "auto",
         device: str = "auto",
         eager: bool = False,
+        prefix_reuse: bool | PrefixLimits = True,
         **settings,
     ) -> SpecExtend:
         """Load `target` (a preset's name, a directory or a hub id) and its draft.
@@ -107,17 +121,20 @@ class SpecExtend:
         """
         override(SpecExtendConfig(), settings)  # a mistake shows before anything is loaded
         models = load_models(target, draft=draft, dtype=dtype, device=device)
-        return cls(models, override(config or default_config(models), settings), eager=eager)
+        return cls(models, override(config or default_config(models), settings), eager=eager, prefix_reuse=prefix_reuse)
 
-    def with_config(self, config: SpecExtendConfig | None = None, **settings) -> SpecExtend:
+    def with_config(
+        self, config: SpecExtendConfig | None = None, *, prefix_reuse: bool | PrefixLimits | None = None, **settings
+    ) -> SpecExtend:  # fmt: skip
         """The same models, and the same memory for the target's cache, under another setting.
 
         Args:
-            config: None takes this engine's.
+            config, prefix_reuse: None takes this engine's.
             settings: as for `from_pretrained`.
         """
         config = override(config or self.config, settings)
-        return SpecExtend(self.models, config, cache=self._cache, eager=self._eager)
+        reuse = self._prefix_reuse if prefix_reuse is None else prefix_reuse
+        return SpecExtend(self.models, config, cache=self._cache, eager=self._eager, prefix_reuse=reuse)
 
     def close(self) -> None:
         """Let go of models, caches and graphs, after what another thread is generating; safe to call again.
@@ -128,7 +145,7 @@ class SpecExtend:
             return
         lock, device = self._models.lock, self._models.device
         with nullcontext() if lock.is_mine() else lock():  # a stream left open in this thread ends here
-            self._models = self._cache = self._method = self._baseline = None
+            self._models = self._cache = self._method = self._baseline = self._prefixes = None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -155,6 +172,11 @@ class SpecExtend:
     def cache_bytes(self) -> int:
         """Bytes the target's key/value cache holds now; it grows with the longest prompt so far."""
         return self._cache.nbytes if self._models is not None else 0
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of the prefixes kept beside what the caches hold, the target's and the draft's."""
+        return self._prefixes.nbytes if self._models is not None else 0
 
     @property
     def limit(self) -> int:
@@ -193,6 +215,7 @@ class SpecExtend:
         until: Callable[[list[int]], bool] | None = None,
         on_round: OnRound | None = None,
         observer: Observer | None = None,
+        prefix_scope: str | None = None,
     ) -> Generation:
         """Continue `prompt` (text, or token ids [N]) by speculative decoding.
 
@@ -202,15 +225,21 @@ class SpecExtend:
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
             observer: told of every step; costs time.
+            prefix_scope: what is read here is known again to prompts of the same scope alone, so that nobody learns
+                from how fast an answer comes what others have asked.
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
-            output.observer = observer
+            output.observer, output.prefix_scope = observer, prefix_scope
             return self._finish(self._speculate(output), output, on_round)
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
         """Answer a conversation, [{"role": "user", "content": "..."}, ...]; options as for `generate`."""
         return self.generate(self.encode_chat(messages), max_new_tokens, **options)
+
+    def session(self, messages: Sequence[Message] = (), **options) -> Session:
+        """A conversation, `messages` what was said before; options as for `generate`, for every question."""
+        return Session(self.chat, messages, **options)
 
     def autoregressive(
         self,
@@ -223,18 +252,24 @@ class SpecExtend:
         until: Callable[[list[int]], bool] | None = None,
         on_round: OnRound | None = None,
     ) -> Generation:
-        """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline."""
+        """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline.
+
+        It always reads the whole prompt, and leaves no prefix behind.
+        """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until, depth=0)
             return self._finish(decode(self._baseline, output), output, on_round)
 
-    def stream(self, prompt: Prompt, max_new_tokens: int = 256, *, sampling=GREEDY, stop=()) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, max_new_tokens: int = 256, *, sampling=GREEDY, stop=(), prefix_scope: str | None = None
+    ) -> Iterator[str]:  # fmt: skip
         """The text of `generate`, piece by piece as rounds finish; closing the iterator ends the generation.
 
         Between the first piece and its end no other generation of these models begins.
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop)
+            output.prefix_scope = prefix_scope
             text = TextStream(output.decode, output.stop)
             for _ in self._speculate(output):
                 yield text.push(output.token_ids, last=output.finished)
@@ -260,11 +295,11 @@ class SpecExtend:
             return self._method.decode(output)
         return decode(self._method, output)
 
-    def _backend(self, config: SpecExtendConfig, drafter: Drafter) -> Backend:
+    def _backend(self, config: SpecExtendConfig, drafter: Drafter, prefixes: NoReuse) -> Backend:
         """Who computes the steps of a setting; all of its switches are resolved here."""
         models, captured = self.models, not self.why_eager
         target = _build_target(models, config, self._cache, drafter.tap, fused=captured)
-        parts = target, drafter, retriever(config.draft_cache, config.retrieval), config
+        parts = target, drafter, retriever(config.draft_cache, config.retrieval), config, prefixes
         if not captured:
             return EagerBackend(*parts)
         from specextend.decoding.graphs import GraphBackend

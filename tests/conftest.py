@@ -22,6 +22,7 @@ from specextend.config import SpecExtendConfig
 from specextend.drafting.small_lm import ClassicDrafter
 from specextend.engine import SpecExtend
 from specextend.modeling.attention import NAME
+from specextend.modeling.prefixes import PrefixLimits
 from specextend.models.loading import LoadedModels, load_models
 from specextend.models.presets import Preset
 
@@ -160,6 +161,7 @@ def make_engine() -> Callable[..., SpecExtend]:
         limit: int = 8192,
         tokenizer=None,
         drafter: Callable = ClassicDrafter,
+        prefix_reuse: bool | PrefixLimits = True,
     ) -> SpecExtend:
         models = LoadedModels(
             name="tiny",
@@ -176,7 +178,7 @@ def make_engine() -> Callable[..., SpecExtend]:
             draft_id="tiny",
             drafter=drafter,
         )
-        return SpecExtend(models, config)
+        return SpecExtend(models, config, prefix_reuse=prefix_reuse)
 
     return make
 

@@ -21,9 +21,10 @@ def blocks() -> list[tuple[str, str]]:
     return found
 
 
-def test_there_are_five_recipes():
+def test_there_are_six_recipes():
     assert [title for title, _ in RECIPES if title] == [
-        "Summarize a long file", "Stream", "Bring your own pair", "EAGLE-3", "Compare with autoregressive decoding",
+        "Summarize a long file", "Stream", "Several questions about one document", "Bring your own pair", "EAGLE-3",
+        "Compare with autoregressive decoding",
     ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     args = parse_args()
     models = load_pair(args)
     config = METHODS["specextend"].config(default_tree(models), models.preset.retrieval)
-    engine = SpecExtend(models, config)
+    engine = SpecExtend(models, config, prefix_reuse=False)
     require_positions(engine, args.lengths, max(READ, args.max_gen_len))
     require_positions(engine, args.lengths[-1:], 2 * args.max_gen_len)
     setting = model_setting(engine) | {"data": source_name(args.data_dir)}

@@ -45,7 +45,7 @@ def main() -> None:
     args = parse_args()
     models = load_pair(args)
     tree, retrieval = default_tree(models), models.preset.retrieval
-    engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval))
+    engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval), prefix_reuse=False)
     require_positions(engine, args.lengths)
     setting = model_setting(engine) | {"data": source_name(args.data_dir), "facts_seed": SEED}
     probe = Probe(engine)

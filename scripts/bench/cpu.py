@@ -43,7 +43,7 @@ def main() -> None:
     output = parser.parse_args().output
     if not can_pack(nn.Linear(1, 1)):
         raise ConfigError("this PyTorch has no oneDNN for float32 on this CPU: nothing to compare")
-    engine = SpecExtend.from_pretrained("bundled", device="cpu")
+    engine = SpecExtend.from_pretrained("bundled", device="cpu", prefix_reuse=False)
     with torch.inference_mode():
         record = {
             "linear_layers_ms": linear_layers(engine.models.target),

@@ -90,7 +90,7 @@ class Bench:
         self.record = self._begun()
         self.small = load_models("bundled", device="cuda", dtype="float32")
         self.models = widened(self.small, "vicuna_7b", self.dtype)
-        self.engine = SpecExtend(self.models, SpecExtendConfig.specextend(tree=SLOTS))
+        self.engine = SpecExtend(self.models, SpecExtendConfig.specextend(tree=SLOTS), prefix_reuse=False)
         texts = [read_prompts(file, limit=2)[-1].text for file in args.files]
         self.text = self.engine.encode("\n".join(texts) or builtin_text())
 
@@ -206,7 +206,8 @@ class Bench:
             with torch.inference_mode():
                 wide = widen_head(small.draft, self.small.target, self.models.target, draft_vocab=EAGLE_VOCAB)
             models = replace(self.models, draft=wide, drafter=partial(EagleDrafter, target=self.models.target))
-            with SpecExtend(models, SpecExtendConfig.specextend(tree=SLOTS, retrieval=RETRIEVAL)) as engine:
+            config = SpecExtendConfig.specextend(tree=SLOTS, retrieval=RETRIEVAL)
+            with SpecExtend(models, config, prefix_reuse=False) as engine:
                 rows.append({"head": head, "steps": self.steps_at(engine, None, self.args.lengths[-1])})
         return rows
 
@@ -223,7 +224,8 @@ class Bench:
         models = replace(
             self.small, target=target, draft=None, dtype=self.dtype, limit=1 << 18, vocab_size=LONG_SHAPE.vocab
         )
-        lookup = SpecExtend(models, replace(METHODS["prompt_lookup"].config(CHAIN, RetrievalConfig()), tree=CHAIN))
+        config = replace(METHODS["prompt_lookup"].config(CHAIN, RetrievalConfig()), tree=CHAIN)
+        lookup = SpecExtend(models, config, prefix_reuse=False)
         rows = []
         for length in (16000, 32000, 64000, 128000):
             generation = lookup.autoregressive(self.prompt(length), 24)

@@ -45,7 +45,7 @@ def main() -> None:
     models = load_models(
         args.model_name, draft=getattr(args, "draft_model", None), dtype=args.dtype, device=args.device
     )
-    engine = SpecExtend(models, flags.config_from(args, models))
+    engine = SpecExtend(models, flags.config_from(args, models), prefix_reuse=False)
     room = engine.max_prompt_tokens(NEW_TOKENS)
     (prompt,) = gather_prompts(
         None, 1, args.input_len, encode=engine.encode, max_prompt_tokens=room, has_template=bool(models.preset.template)

@@ -127,7 +127,7 @@ class Engines:
 
     def __init__(self, shape: str | None, device: str):
         models = load_models("bundled", device=device, dtype="float32")
-        self._engine = SpecExtend(models if shape is None else widened(models, shape))
+        self._engine = SpecExtend(models if shape is None else widened(models, shape), prefix_reuse=False)
 
     def __call__(self, method: str | None) -> SpecExtend:
         return self._engine

@@ -58,7 +58,7 @@ def main() -> None:
     output = args.output or ROOT / f"results/cpu/{name}.json"
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    engine = SpecExtend.from_pretrained("bundled", device="cpu")
+    engine = SpecExtend.from_pretrained("bundled", device="cpu", prefix_reuse=False)
     with serving(torch.get_num_threads()) as server:
         record = overhead(engine, server) if args.soak is None else soak(engine, server, args.soak)
     write_json(output, record | {"environment": environment()})

@@ -197,6 +197,14 @@ def memory_goals(where: str, content: dict) -> Iterable[Goal]:
     yield Goal("prefill's peak memory over the bytes counted", where, 1.2, found, at_most=True)
 
 
+def prefix_goals(where: str, content: dict) -> Iterable[Goal]:
+    found, where = content["summary"], f"{content['setting']['document_tokens']:,} tokens, {where}"
+    yield Goal("time to first token, second question over the first", where, 0.05, found["second_over_first"], True)
+    for name in ("tokens", "acceptance"):
+        share = found[f"same_{name}"] / found["turns"]
+        yield Goal(f"turns of conversations with the {name} of reading the whole", where, 1.0, share)
+
+
 # The widened pair in Vicuna-7B's shape on an H200: summary.json's figure, its bound, and whether that is the most
 GPU_BOUNDS = (
     ("verify_ms_16k", 6.3, True),
@@ -243,6 +251,7 @@ def ray_goals(where: str, content: dict) -> Iterable[Goal]:
 DOCUMENTS = {
     "needle.json": needle_goals,
     "prefill_memory.json": memory_goals,
+    "prefix.json": prefix_goals,
     "summary.json": gpu_goals,
     "parallel.json": parallel_goals,
     "ray.json": ray_goals,

@@ -38,6 +38,7 @@ from scripts.report.records import (
     title_of,
     title_of_document,
 )
+from scripts.report.vllm import vllm_reports
 from specextend.cli import flags
 from specextend.errors import InputError
 
@@ -119,6 +120,7 @@ def full_report(records: pd.DataFrame, results: Path) -> str:
             versions = "; ".join(sorted(rows["versions"].unique()))
             parts.append(f"{samples_of(figures_of(rows))} samples per length, {versions}. Files: {sources}.")
     parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
+    parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
     for title, name, make in (
         ("Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)]),
         ("Analyses", "analysis.json", analysis_tables),

@@ -70,10 +70,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--input_len", type=int, default=argparse.SUPPRESS, help="truncate prompts to this many tokens (default: no; "
         "the built-in text to 4096)",
     )  # fmt: skip
+    text.add_argument(
+        "--prefix_reuse", action=argparse.BooleanOptionalAction, default=True, help="do not read again what a prompt "
+        "has in common with an earlier one",
+    )  # fmt: skip
     text.add_argument("--stop", action="append", default=argparse.SUPPRESS, help="stop at this string; can be repeated")
     show = parser.add_argument_group("output")
     show.add_argument("--verbose", action="store_true", help="stream the text, coloured by which model wrote it")
-    show.add_argument("--compare", action="store_true", help="time autoregressive and standard decoding as well")
+    show.add_argument(
+        "--compare", action="store_true", help="time autoregressive and standard decoding as well; all read every "
+        "prompt whole",
+    )  # fmt: skip
     show.add_argument("--output_result_line", action="store_true", help="print results as JSON, one line each")
     flags.add_method_flags(parser)
     flags.add_sampling_flags(parser)
@@ -97,7 +104,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
         if args.compare and models.draft is not None:
             tree = flags.config_from(args, models, "standard").tree
             configs.append(SpecExtendConfig.standard(tree=tree))
-        engine = uniform_engine(models, configs, eager=args.eager)
+        engine = uniform_engine(models, configs, eager=args.eager, prefix_reuse=args.prefix_reuse and not args.compare)
     reporter.introduce(engine, sampling)
     methods = {name_of(engine.config): engine.generate}
     if args.compare:

@@ -11,13 +11,15 @@ from specextend.methods import name_of
 from specextend.models.loading import LoadedModels
 
 
-def uniform_engine(models: LoadedModels, configs: Sequence[SpecExtendConfig], *, eager: bool) -> SpecExtend:
+def uniform_engine(
+    models: LoadedModels, configs: Sequence[SpecExtendConfig], *, eager: bool, prefix_reuse: bool = False
+) -> SpecExtend:
     """The engine of the first of `configs`, whose `with_config` gives the others on the same backend.
 
     On a GPU all are captured as CUDA graphs or none is, so that a comparison is one of methods; a line on stderr says
-    who could not be.
+    who could not be. Every prompt is read whole, so that a prefill is one, unless `prefix_reuse` is asked for.
     """
-    engine = SpecExtend(models, configs[0], eager=eager)
+    engine = SpecExtend(models, configs[0], eager=eager, prefix_reuse=prefix_reuse)
     if eager or models.device.type != "cuda":
         return engine
     for config in configs:
@@ -27,5 +29,5 @@ def uniform_engine(models: LoadedModels, configs: Sequence[SpecExtendConfig], *,
                 f"all methods run eager: {name_of(config)} cannot be captured ({one.why_eager})",
                 file=sys.stderr,
             )
-            return SpecExtend(models, configs[0], eager=True)
+            return SpecExtend(models, configs[0], eager=True, prefix_reuse=prefix_reuse)
     return engine

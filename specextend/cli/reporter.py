@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -95,7 +96,14 @@ class ConsoleReporter:
             def on_round(output: Output, round_: Round | None) -> None:
                 busy.update(f"{name}: {output.new_tokens} of {output.max_new_tokens} tokens")
 
-            return warm(lambda: generate(prompt.ids, on_round=on_round, **request))
+            tries = count()
+
+            def once() -> Generation:
+                again = next(tries)
+                apart = {"prefix_scope": f"again {again}"} if again else {}  # its prefill shall be a whole one, too
+                return generate(prompt.ids, on_round=on_round, **apart, **request)
+
+            return warm(once)
 
     def _stream(self, name: str, generate, prompt: EncodedPrompt, request: dict) -> Generation:
         """A generation whose text is printed as it comes."""
@@ -133,10 +141,11 @@ def _shown(tree: TreeConfig) -> str:
 
 
 def _one_line(name: str, result: Generation) -> str:
+    known = f" ({result.cached_tokens} prompt tokens were known)" if result.cached_tokens else ""
     return (
         f"[bold]{name}[/]: {result.new_tokens} tokens ({result.finish_reason}), "
         f"{result.accepted_per_round:.2f} draft tokens accepted per round, {result.tokens_per_round:.2f} tokens per "
-        f"round; prefill {result.ttft_s:.2f} s, then {result.decode_tokens_per_s:.1f} tokens/s "
+        f"round; prefill {result.ttft_s:.2f} s{known}, then {result.decode_tokens_per_s:.1f} tokens/s "
         f"({result.tokens_per_s:.1f} end to end)"
     )
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from specextend.config import RoundSlots
 from specextend.decoding.clock import StageClock
 from specextend.decoding.output import Output
+from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter
+from specextend.errors import CapacityError
 from specextend.modeling.target import Target
 from specextend.trees.tree import DraftTree
 
@@ -52,15 +54,23 @@ class Backend(Protocol):
         """Nodes drafted, and the round's tokens, the bonus token last; the one time that the host waits."""
 
 
-def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int) -> Tensor:
+def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse) -> Tensor:
     """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token []."""
     clock = StageClock(target.model.device)
-    logits = target.prefill(output.prompt, extra_slots)
+    known = prefixes.enter(output)
+    try:
+        logits = target.prefill(output.prompt, extra_slots, known.target)
+    except (CapacityError, torch.OutOfMemoryError):
+        if not prefixes.make_room() and not known.target:
+            raise
+        known = known._replace(target=0)  # a cache that keeps nothing is freed before a larger one is made
+        logits = target.prefill(output.prompt, extra_slots)
     first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
     clock.mark("target")
-    drafter.prefill(output.prompt, first, extra_slots)
+    drafter.prefill(output.prompt, first, extra_slots, known.draft)
     clock.mark("draft")
-    output.prefill_seconds = clock.stage_seconds()
+    prefixes.hold(output)
+    output.cached_tokens, output.prefill_seconds = known.target, clock.stage_seconds()
     return first
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
+from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
@@ -31,12 +32,16 @@ class EagerBackend:
 
     Args:
         config: its tree's rule decides who sizes the trees.
+        prefixes: what is kept from prompt to prompt.
     """
 
     name = "eager"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig):
-        self.device = target.model.device
+    def __init__(
+        self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig,
+        prefixes: NoReuse | None = None,
+    ):  # fmt: skip
+        self.device, self._prefixes = target.model.device, prefixes or NoReuse()
         self._target, self._drafter, self._retriever = target, drafter, retriever
         self._config, self._slots = config, config.slots
         self._policy: Policy = FixedTree(config.tree)
@@ -45,7 +50,7 @@ class EagerBackend:
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
         verify = self._measured_verification() if self._is_priced else None
-        first = read_prompt(output, self._target, self._drafter, self._reserved.extra_slots)
+        first = read_prompt(output, self._target, self._drafter, self._reserved.extra_slots, self._prefixes)
         if verify:
             self._set_costs(verify)
         self._policy.begin()

@@ -16,6 +16,7 @@ from torch import Tensor
 from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
+from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.captured import CapturedDraft, span_for
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import Retriever, select_positions
@@ -33,12 +34,16 @@ class GraphBackend:
 
     Args:
         target, drafter: they read the prompt; their caches are what the captured steps go on with.
+        prefixes: what is kept from prompt to prompt.
     """
 
     name = "graphs"
 
-    def __init__(self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig):
-        self.device = target.model.device
+    def __init__(
+        self, target: Target, drafter: Drafter, retriever: Retriever, config: SpecExtendConfig,
+        prefixes: NoReuse | None = None,
+    ):  # fmt: skip
+        self.device, self._prefixes = target.model.device, prefixes or NoReuse()
         self._host_target, self._drafter, self._retriever = target, drafter, retriever
         self._slots, self._dense = config.slots, not config.hybrid_tree_attention
         self._draft: CapturedDraft | None = None
@@ -48,7 +53,7 @@ class GraphBackend:
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
-        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots)
+        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots, self._prefixes)
         if self._draft is None:
             self._build()
         self._begin(first)

@@ -45,6 +45,7 @@ class Generation:
         peak_bytes: most GPU memory allocated at once, None on a CPU.
         capture_s: seconds spent on capturing graphs and timing steps, 0 once both are done; in no other figure.
         decode: token ids -> text.
+        cached_tokens: of the prompt, not read because the target knew them from an earlier one.
     """
 
     prompt_tokens: int
@@ -56,6 +57,7 @@ class Generation:
     peak_bytes: int | None = None
     capture_s: float = 0.0
     decode: Callable[[list[int]], str] = field(default=str, repr=False, compare=False)
+    cached_tokens: int = 0
 
     def _repr_html_(self) -> str:
         return to_html(self)
@@ -122,8 +124,10 @@ class Output:
         until: asked after every token, with all of them, whether the output ends here.
         choose: the target's rule for the next token.
         observer: told of every step.
+        prefix_scope: what is read here is known again to prompts of the same scope alone.
     Attributes:
         prefill_seconds: "target" and "draft".
+        cached_tokens: of the prompt, known to the target before the prefill.
         capture_s: seconds spent on capturing graphs, on buffers for them and on timing steps, in no other figure.
     """
 
@@ -135,11 +139,13 @@ class Output:
     until: Callable[[list[int]], bool] | None = None
     choose: Chooser = greedy
     observer: Observer | None = None
+    prefix_scope: str | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     rounds: list[Round] = field(default_factory=list)
     prefill_seconds: dict[str, float] = field(default_factory=dict)
     capture_s: float = 0.0
+    cached_tokens: int = 0
     _ahead: list[tuple[int, str | None]] = field(default_factory=list)  # tokens judged before they are appended
 
     @property
@@ -193,7 +199,7 @@ class Output:
         assert self.finish_reason is not None, "the generation has not finished"
         return Generation(
             self.prompt_tokens,
-            self.token_ids,
+            list(self.token_ids),  # the caller's own; what the caches hold is known from these
             self.text(),
             self.finish_reason,
             self.rounds,
@@ -201,6 +207,7 @@ class Output:
             peak_bytes,
             self.capture_s,
             self.decode,
+            self.cached_tokens,
         )
 
     def _extend(self, tokens: list[int]) -> list[int]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from specextend.config import SpecExtendConfig, prefill_block
 from specextend.drafting.expansion import Level, grow
 from specextend.modeling.attention import Attend, attention, band_attention, has_flash_kernel
-from specextend.modeling.cache import DraftCache
+from specextend.modeling.cache import DraftCache, KVCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.rope import Rope
 from specextend.trees.acceptance import Accepted
@@ -32,11 +32,15 @@ class Drafter:
         passes: rows of each level that the last tree took, the root's not counted.
         tap: what it reads of the target's hidden states, None for drafters that read none.
         can_capture: whether its rounds can be captured (`captured.py`); asked only where there is Triton.
+        kept: the cache whose beginning the next prompt may have use for, if there is one.
+        lookahead: an entry of it depends on so many tokens after its own.
     """
 
     passes: Sequence[int] = ()
     tap: FeatureTap | None = None
     can_capture = True
+    kept: KVCache | None = None
+    lookahead = 0
 
     def __init__(self) -> None:
         self._root = torch.empty(0, dtype=torch.long)
@@ -46,9 +50,17 @@ class Drafter:
         """Tokens in the draft's cache, those out of its working cache included."""
         return 0
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
-        """Forget the last prompt, read `prompt` [N]; `first` [] is the target's token after it, the first root."""
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+        """Read `prompt` [N], of which the cache `kept` holds the first `known` entries.
+
+        Args:
+            first: [] the target's token after it, the first root.
+        """
         self._root = first
+
+    def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
+        """Entries of `kept` that a prefill would also have made, after rounds that `emitted` so many tokens each."""
+        return 0
 
     def propose(self, growth: Growth) -> DraftTree:
         """A tree below the newest token, within the bounds of `growth`; those that draft chains have their own."""
@@ -87,6 +99,7 @@ class TreeDrafter(Drafter):
     ):  # fmt: skip
         rope = Rope(rotary, dtype, device)
         self.cache = DraftCache(shape, rope, dtype, device, working_capacity=config.slots.working)
+        self.kept = self.cache.whole
         self._tree, self._slots = config.tree, config.slots
         self._dense = not config.hybrid_tree_attention
         self._prefill_attention = attention(hybrid=config.flash_prefill)
@@ -147,8 +160,8 @@ class TreeDrafter(Drafter):
         """Log-probabilities [n, V] after the nodes of `level`."""
         raise NotImplementedError
 
-    def _reset(self, prompt_tokens: int, extra_slots: int) -> None:
-        self.cache.reset(prompt_tokens + extra_slots, self._slots.draft)
+    def _reset(self, prompt_tokens: int, extra_slots: int, known: int) -> None:
+        self.cache.reset(prompt_tokens + extra_slots, self._slots.draft, known)
 
     def _attend_level(self, level: Level) -> Attend:
         """The nodes of `level`, each behind the committed tokens and its own ancestors."""

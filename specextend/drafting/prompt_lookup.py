@@ -33,7 +33,7 @@ class PromptLookup(Drafter):
     def context(self) -> int:
         return len(self._context)
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         self._context = torch.cat((prompt, first.reshape(1)))
 
     def propose(self, growth: Growth) -> DraftTree:

@@ -7,6 +7,7 @@ gathered token keeps its position in the context.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ class SelfDrafter(Drafter):
     def context(self) -> int:
         return self._sparse.full.length
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         self._sparse.begin()
         self._root = first.reshape(1)
 
@@ -120,14 +121,18 @@ class HierarchicalDrafter(SelfDrafter):
         super().__init__(sparse, config.tree.max_depth)
         self._small, self._window = small, StreamingWindow.of_size(config.retrieval)
         self._growth = Growth.of(config.tree)  # of the small draft's trees
+        self.kept = small.kept
 
     @staticmethod
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
         return replace(config, drafting="model", draft_cache="streaming")
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
         super().prefill(prompt, first, extra_slots)
-        self._small.prefill(prompt, first, extra_slots)
+        self._small.prefill(prompt, first, extra_slots, known)
+
+    def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
+        return self._small.entries(prompt_tokens, emitted)
 
     def propose(self, growth: Growth) -> DraftTree:
         tokens = self._root

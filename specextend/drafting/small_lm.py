@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -42,9 +42,12 @@ class ClassicDrafter(TreeDrafter):
     def candidates(self) -> int:
         return self.vocab_size
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int) -> None:
-        self._reset(len(prompt), extra_slots)
-        for block in prompt.split(self._prefill_block or len(prompt)):
+    def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
+        return prompt_tokens  # what came after was read with the working cache in view
+
+    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+        self._reset(len(prompt), extra_slots, known)
+        for block in prompt[known:].split(self._prefill_block or len(prompt)):
             self._run(block, self._attend_prompt)
             self.cache.commit_prompt(len(block))
         self._pending = first.reshape(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from specextend.errors import CapacityError
+from specextend.modeling.prefixes import Prefixes
 from specextend.modeling.rope import Rope
 
 CAPTURED_STEP = 4096  # tokens
@@ -38,6 +39,7 @@ class KVCache:
         self._options = {"dtype": dtype, "device": device}
         self._buffer = torch.empty(2, *self._shape[:1], 1, self._shape[1], 0, self._shape[2], **self._options)
         self.length = 0
+        self.prefixes = Prefixes()
         self.followers: WeakSet = WeakSet()  # those that point at the buffer; told by `release()` when it moves
 
     @property
@@ -53,11 +55,14 @@ class KVCache:
     def nbytes(self) -> int:
         return self._buffer.nbytes
 
-    def reset(self, capacity: int) -> None:
-        """Forget everything and make room for `capacity` tokens, reusing the buffer if it is large enough."""
-        self.length = 0
+    def reset(self, capacity: int, keep: int = 0) -> None:
+        """Forget all but the first `keep` tokens and make room for `capacity`, in the buffer if it is large enough."""
+        self.length = keep
+        self.prefixes.forget()
         if capacity <= self.capacity:
             return
+        if keep:
+            return self.require(max(capacity, self.capacity * 9 // 8))  # not anew for every turn of a conversation
         for follower in self.followers:  # free first: two caches at once may not fit
             follower.release()
         self._buffer = self._empty(0)
@@ -142,16 +147,21 @@ class DraftCache:
         self._working_capacity = working_capacity
 
     @property
+    def whole(self) -> KVCache:
+        """The cache that holds the whole context."""
+        return self.working if self.full is None else self.full
+
+    @property
     def context(self) -> int:
         """Committed tokens of the context, in the working cache or not."""
-        return self.working.length if self.full is None else self.full.length
+        return self.whole.length
 
-    def reset(self, capacity: int, tree_slots: int) -> None:
-        """Start a prompt whose context may grow to `capacity` tokens."""
+    def reset(self, capacity: int, tree_slots: int, keep: int = 0) -> None:
+        """Start a prompt whose context may grow to `capacity` tokens, of which the first `keep` are there."""
         if self.full is None:
-            self.working.reset(capacity + tree_slots)
+            self.working.reset(capacity + tree_slots, keep)
         else:
-            self.full.reset(capacity)
+            self.full.reset(capacity, keep)
             self.working.reset(self._working_capacity + tree_slots)  # always the same: captured steps point at it
 
     def require(self, tokens: int, tree_slots: int) -> None:
@@ -198,7 +208,7 @@ class DraftCache:
 
     def commit_prompt(self, tokens: int) -> None:
         """Commit `tokens` of the prompt; the working cache waits for its first refresh."""
-        (self.working if self.full is None else self.full).length += tokens
+        self.whole.length += tokens
 
     def commit(self, tokens: int) -> None:
         """Commit `tokens` put there by `append`."""

@@ -49,15 +49,15 @@ class Target:
         """Position of the next token, the root of the next tree."""
         return self.cache.length
 
-    def prefill(self, prompt: Tensor, extra_slots: int) -> Tensor:
-        """Forget the last prompt, read `prompt` [N], allocate `extra_slots` more; last logits [1, V]."""
-        self.cache.reset(len(prompt) + extra_slots)
+    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0) -> Tensor:
+        """Read `prompt` [N], whose first `known` tokens the cache holds, allocate `extra_slots` more; logits [1, V]."""
+        self.cache.reset(len(prompt) + extra_slots, known)
         if self._tap:
             self._tap.clear()
         rotary = self.model.get_decoder().rotary_emb
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(prompt)
-        for block in prompt.split(self._prefill_block or len(prompt)):
+        for block in prompt[known:].split(self._prefill_block or len(prompt)):
             logits = self._read(block)
             self.cache.length += len(block)
         self._newest = 0

@@ -133,9 +133,9 @@ class ShardedTarget(Target):
 class CheckedTarget(ShardedTarget):
     """One that stops as soon as ranks part."""
 
-    def prefill(self, prompt: Tensor, extra_slots: int) -> Tensor:
+    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0) -> Tensor:
         self._ranks.require_equal("prompt", prompt)
-        logits = super().prefill(prompt, extra_slots)
+        logits = super().prefill(prompt, extra_slots, known)
         self._ranks.require_equal("prompt's logits", logits)
         return logits
 

@@ -132,7 +132,7 @@ class Racetrack:
     def __init__(self, engine: SpecExtend):
         if engine.models.draft is None:
             raise ModelError(f"{engine.models.name} was loaded without a draft model; name one with --draft_model")
-        config = engine.config
+        config, engine = engine.config, engine.with_config(prefix_reuse=False)  # every lane reads the prompt
         standard = engine.with_config(SpecExtendConfig.standard(tree=config.tree, retrieval=config.retrieval))
         self.engine = engine
         self._lanes: dict[str, Callable[..., Generation]] = {

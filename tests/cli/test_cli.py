@@ -265,6 +265,14 @@ def test_prompts_come_from_a_jsonl_file_up_to_max_samples(classic, tmp_path):
     assert [line["prompt_tokens"] for line in results(out)] == [90, 90]
 
 
+@pytest.mark.parametrize("words, known", [((), 1), (("--no-prefix_reuse",), 0), (("--compare",), 0)])
+def test_a_prompt_that_begins_like_the_last_is_read_from_there(words, known, classic, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text((json.dumps({"text": "the same prompt " * 6}) + "\n") * 2)
+    status, out, _ = classic("-i", file, "-n", "2", "-max", "3", *words)
+    assert status == 0 and out.count("(95 prompt tokens were known)") == known and out.count("were known") == known
+
+
 def test_prompt_is_cut_only_when_input_len_says_so(classic, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("word " * 200)

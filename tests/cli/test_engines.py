@@ -16,7 +16,7 @@ CAPTURED, PLAIN = SpecExtendConfig.specextend(), SpecExtendConfig.standard()
 class Engine:
     """Captures what has Hybrid Tree Attention."""
 
-    def __init__(self, models, config, *, eager: bool):
+    def __init__(self, models, config, *, eager: bool, prefix_reuse: bool = True):
         self.models, self.config, self.eager = models, config, eager
 
     @property

@@ -351,7 +351,7 @@ def test_captured_rounds_are_the_rounds_of_the_loop(kind, load, engine_of, make_
         flash_prefill=True, hybrid_tree_attention=True, draft_cache=draft_cache,
         tree=TreeConfig(4, 3, 0.0), retrieval=RetrievalConfig(8, 3, 2),
     )  # fmt: skip
-    eager = engine_of(target, head, config)
+    eager, fresh = engine_of(target, head, config), engine_of(target, head, config)
     monkeypatch.setattr("specextend.engine.why_not_captured", lambda *_: None)
     graphs = engine_of(target, head, config)
     assert (eager.backend, graphs.backend) == ("eager", "graphs")
@@ -359,6 +359,10 @@ def test_captured_rounds_are_the_rounds_of_the_loop(kind, load, engine_of, make_
         wanted, found = (engine.generate(make_prompt(length), 5) for engine in (eager, graphs))
         assert found.token_ids == wanted.token_ids
         assert [one.accepted for one in found.rounds] == [one.accepted for one in wanted.rounds]
+    longer = torch.cat((make_prompt(11), torch.tensor(found.token_ids), make_prompt(3, seed=1)))
+    wanted, found = (engine.generate(longer, 3) for engine in (fresh, graphs))
+    assert not wanted.cached_tokens and found.cached_tokens > 11 and found.token_ids == wanted.token_ids
+    assert [one.accepted for one in found.rounds] == [one.accepted for one in wanted.rounds]
 
 
 # ---- checkpoints

@@ -1,0 +1,30 @@
+"""The benchmark of prefix reuse says what happened: what was read, how long it took, whether anything changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.bench.prefix import SAMPLINGS, conversation, document_of, questions, returning, summary
+
+RECORD = json.loads((Path(__file__).parents[2] / "results" / "cpu" / "prefix.json").read_text())
+
+
+def test_a_short_document_is_measured(bundled_models):
+    document = document_of(bundled_models, 150)
+    first, *rest = questions(bundled_models, document, 3, True)
+    turns = conversation(bundled_models, document, 3, True, SAMPLINGS["sampled"])
+    assert first["cached_tokens"] < 10 and all(row["cached_tokens"] > 140 for row in rest)
+    assert [row["cached_tokens"] > 140 for row in turns] == [False] + [True] * 9
+    assert all(row["same_tokens"] and row["ttft_s"] > 0 for row in (first, *rest, *turns))
+    again = returning(bundled_models, document_of(bundled_models, 300), document_of(bundled_models, 300, 1), True)
+    assert again["cached_tokens"] > 290 and again["copies_bytes"] > 0
+    found = summary({"questions": [first, *rest], "return": again, "conversations": {"sampled": turns}})
+    assert found["second_over_first"] == rest[0]["ttft_s"] / first["ttft_s"] and found["turns"] == 10
+
+
+def test_the_committed_summary_is_that_of_the_record():
+    assert summary(RECORD) == pytest.approx(RECORD["summary"])
+    assert RECORD["summary"]["same_tokens"] == RECORD["summary"]["turns"] == 20
