@@ -22,19 +22,21 @@ def encode_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenize
     return encode_chat([{"role": "user", "content": text}], template, tokenizer)
 
 
-def encode_chat(messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a conversation up to where the assistant answers, each special token once."""
-    check_messages(messages)
+def encode_chat(
+    messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase, **options
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant answers, each special token once; options as below."""
+    check_messages(messages, template)
     names = _control_tokens(tokenizer)
     written = [name for name in names if any(name in message["content"] for message in messages)]
     adds = template != "chat"
     if template is None or not written:
-        formatted = format_chat(messages, template, tokenizer)
+        formatted = format_chat(messages, template, tokenizer, **options)
         as_text = template is None
         return tokenizer(formatted, add_special_tokens=adds, split_special_tokens=as_text, verbose=False).input_ids
     marks = dict(zip(written, _unused_characters(messages), strict=False))
     marked = [{**message, "content": _replaced(message["content"], marks)} for message in messages]
-    formatted = format_chat(marked, template, tokenizer)
+    formatted = format_chat(marked, template, tokenizer, **options)
     return _encode_apart(formatted, names, {mark: name for name, mark in marks.items()}, tokenizer, adds)
 
 
@@ -43,24 +45,33 @@ def format_prompt(text: str, template: str | None, tokenizer: PreTrainedTokenize
     return format_chat([{"role": "user", "content": text}], template, tokenizer)
 
 
-def format_chat(messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def format_chat(
+    messages: Sequence[Message], template: str | None, tokenizer: PreTrainedTokenizerBase, **options
+) -> str:
     """A conversation as one text, up to where the assistant begins.
 
     Args:
-        messages: as {"role": "user", "content": "..."}; roles are system, user and assistant.
+        messages: as {"role": "user", "content": "..."}; roles are system, user and assistant, and
+            tool where the tokenizer's own template is used.
         template: name of a fschat conversation ("vicuna_v1.1"), "chat" for the tokenizer's own chat template, whose
             result already holds the special tokens (encode it without adding more). None, for a model that knows no
             conversations: the contents one after the other, a blank line between them.
+        options: what else the tokenizer's own template reads (tools, enable_thinking).
     """
-    check_messages(messages)
+    check_messages(messages, template)
+    uses_tools = "tools" in options or any("tool_calls" in message for message in messages)
+    if uses_tools and not (template == "chat" and "tool" in str(tokenizer.chat_template)):
+        raise InputError("the model's conversation template knows no tools; use a model whose chat template does")
+    if options and template != "chat":
+        raise InputError(f"the model has no chat template of its own that would read {', '.join(options)}")
     if template is None:
         return "\n\n".join(message["content"] for message in messages)
     if template == "chat":
         if tokenizer.chat_template is None:
             raise InputError("the model's tokenizer has no chat template; use a fschat template's name or plain text")
         try:
-            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # what a template says of messages it does not take
+            return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
+        except (TemplateError, TypeError) as error:  # what a template says of messages it does not take
             raise InputError(f"the model's chat template refuses these messages ({error})") from error
     return _format_by_fschat(messages, template)
 
@@ -105,15 +116,16 @@ def _encode_apart(
     return whole[:before] + ids + whole[before + len(bare) :]
 
 
-def check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message], template: str | None = None) -> None:
     """InputError for what is no conversation."""
+    roles = (*ROLES, "tool") if template == "chat" else ROLES
     if isinstance(messages, str) or not messages:
         raise InputError('messages must be a non-empty list like [{"role": "user", "content": "..."}]')
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
             raise InputError(f'message {index} must be like {{"role": "user", "content": "..."}}')
-        if message.get("role") not in ROLES:
-            raise InputError(f"message {index} has the role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+        if message.get("role") not in roles:
+            raise InputError(f"message {index} has the role {message.get('role')!r}; roles are {', '.join(roles)}")
         check_text(message["content"], "the text" if len(messages) == 1 else f"message {index}")
 
 

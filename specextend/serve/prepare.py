@@ -1,0 +1,87 @@
+"""From a request to the worker's tasks: prompts become token ids, limits are applied, rules for the tokens are made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specextend.data.templates import encode_prompt
+from specextend.engine import SpecExtend
+from specextend.serve.errors import ApiError
+from specextend.serve.grammar import Grammars
+from specextend.serve.rules import least_probability, processors
+from specextend.serve.schema import Conversation, GenerationRequest
+from specextend.serve.settings import Settings
+from specextend.serve.worker import Task
+
+
+class Preparation:
+    """Makes tasks for one engine. It may take long: tokenizing a long text, compiling a schema."""
+
+    def __init__(self, engine: SpecExtend, settings: Settings):
+        self._engine, self._settings, self._grammars = engine, settings, Grammars(engine.models)
+
+    def tasks(self, body: GenerationRequest) -> list[Task]:
+        """A task for every choice of every prompt; ApiError where one is refused."""
+        prompts = [(prompt, self._encode(prompt)) for prompt in body.prompts]
+        limits = [self._new_tokens(body.requested_tokens, len(ids)) for _, ids in prompts]
+        return [
+            self._task(body, choice, prompt, ids, limit)
+            for (prompt, ids), limit in zip(prompts, limits, strict=True)
+            for choice in range(body.choices)
+        ]
+
+    def _task(
+        self, body: GenerationRequest, choice: int, prompt: str | list[int] | Conversation, ids: Tensor, limit: int
+    ) -> Task:
+        rules = processors(body, len(ids), self._engine.models)
+        if body.answer_schema is not None:
+            rules.append(self._grammars.processor(body.answer_schema, len(ids)))
+        rules += least_probability(body)
+        echo = None
+        if body.echoes:
+            echo = prompt if isinstance(prompt, str) else self._engine.models.tokenizer.decode(ids.tolist())
+        return Task(ids, limit, body.sampling(choice), body.stop, rules, echo, body.scored)
+
+    def _encode(self, prompt: str | list[int] | Conversation) -> Tensor:
+        """Token ids [N] of a prompt."""
+        models = self._engine.models
+        if isinstance(prompt, Conversation):
+            ids = self._engine.encode_chat(prompt.messages, **prompt.options)
+        elif isinstance(prompt, str):
+            ids = torch.tensor(encode_prompt(prompt, None, models.tokenizer), device=models.device)
+        else:
+            vocab_size = models.target.config.vocab_size
+            if any(not 0 <= token < vocab_size for token in prompt):
+                raise ApiError(
+                    400, f"a token id lies outside 0 .. {vocab_size - 1}", param="prompt", code="invalid_value"
+                )
+            ids = torch.tensor(prompt, device=models.device)
+        most = self._settings.max_prompt_tokens
+        if most and len(ids) > most:
+            raise ApiError(
+                400, f"the prompt has {len(ids)} tokens, this server takes at most {most}",
+                code="context_length_exceeded", param="prompt",
+            )  # fmt: skip
+        return ids
+
+    def _new_tokens(self, requested: int | None, prompt_tokens: int) -> int:
+        """New tokens to generate at most; ApiError where the model holds fewer than requested.
+
+        The server's own limit shortens the response instead, whose finish reason is then "length".
+        """
+        limit = self._engine.limit
+        if requested is not None and requested > limit:
+            raise ApiError(
+                400, f"max_tokens is {requested}, this model holds {limit} tokens", param="max_tokens",
+                code="invalid_value",
+            )  # fmt: skip
+        available = limit - prompt_tokens
+        allowed = self._settings.max_new_tokens or limit
+        needed = 1 if requested is None else min(requested, allowed)
+        if available < needed:
+            raise ApiError(
+                400, f"this model holds {limit} tokens; the prompt has {prompt_tokens} and {needed} more are asked "
+                "for. Shorten one of them", code="context_length_exceeded", param="prompt",
+            )  # fmt: skip
+        return min(available, allowed, self._settings.default_max_tokens) if requested is None else needed
