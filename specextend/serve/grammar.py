@@ -22,8 +22,8 @@ try:
 except ImportError:
     LLMatcher = None
 
-# between a JSON text's tokens; without a bound a model may go on with blanks for ever
-WHITE_SPACE = r"[ \n]{0,32}"
+# between a JSON text's tokens, as much as indentation takes; some models would go on with blanks for ever
+WHITE_SPACE = r"\n?[ \t]{0,12}"
 FIELD = "response_format"
 
 

@@ -27,3 +27,12 @@ def scripted(bundled_models):
             return stack.enter_context(Server(engine, **settings or {})), engine
 
         yield make
+
+
+@pytest.fixture(scope="module")
+def scripted_once(bundled_models):
+    """One server around a scripted engine for all tests of a file that change nothing of it."""
+    from serving import Scripted, Server
+
+    with Server(Scripted(bundled_models)) as running:
+        yield running
