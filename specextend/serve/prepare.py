@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from specextend.data.templates import encode_prompt
 from specextend.engine import SpecExtend
 from specextend.serve.errors import ApiError
+from specextend.serve.fields import refuse
 from specextend.serve.grammar import Grammars
 from specextend.serve.rules import least_probability, processors
 from specextend.serve.schema import Conversation, GenerationRequest
@@ -47,7 +51,7 @@ class Preparation:
         """Token ids [N] of a prompt."""
         models = self._engine.models
         if isinstance(prompt, Conversation):
-            ids = self._engine.encode_chat(prompt.messages, **prompt.options)
+            ids = self._engine.encode_chat(prompt.messages, **_template_options(prompt))
         elif isinstance(prompt, str):
             ids = torch.tensor(encode_prompt(prompt, None, models.tokenizer), device=models.device)
         else:
@@ -85,3 +89,12 @@ class Preparation:
                 "for. Shorten one of them", code="context_length_exceeded", param="prompt",
             )  # fmt: skip
         return min(available, allowed, self._settings.default_max_tokens) if requested is None else needed
+
+
+def _template_options(prompt: Conversation) -> dict:
+    """What a conversation tells the chat template beside its messages; ApiError for names that are not variables."""
+    arguments = {"template", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+    for name in prompt.variables:
+        if name in arguments or name in ("messages", "tokenizer"):
+            raise refuse("chat_template_kwargs", f"{name} is no variable of a chat template")
+    return prompt.variables | ({"tools": prompt.tools} if prompt.tools else {})

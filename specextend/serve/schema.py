@@ -242,7 +242,8 @@ class Conversation(BaseModel):
     """Messages for the model's conversation template, and what else that is told."""
 
     messages: list[dict[str, Any]]
-    options: dict[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}
 
 
 class ChatRequest(GenerationRequest):
@@ -270,10 +271,13 @@ class ChatRequest(GenerationRequest):
 
     @property
     def prompts(self) -> list[Conversation]:
-        options = dict(self.chat_template_kwargs or {})
-        if self.tools and self.tool_choice != "none":
-            options["tools"] = self.tools
-        return [Conversation(messages=[one.as_template for one in self.messages], options=options)]
+        return [
+            Conversation(
+                messages=[one.as_template for one in self.messages],
+                tools=None if self.tool_choice == "none" else self.tools,
+                variables=self.chat_template_kwargs or {},
+            )
+        ]
 
     @property
     def scored(self) -> int | None:

@@ -258,8 +258,8 @@ TURNS = [
     {"role": "tool", "tool_call_id": "c1", "content": "A ruler."},
 ]
 TEMPLATE = (
-    "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function.arguments.word }}{% endfor %}|{% endfor %}{{ mood }}"
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}: "
+    "{{ m.content }}{% for call in m.tool_calls %}{{ call.function.arguments.word }}{% endfor %}|{% endfor %}{{ mood }}"
 )
 
 
@@ -288,3 +288,19 @@ def test_model_without_a_template_for_tools_says_so(server):
         assert answer.status_code == 400 and "tool" in answer.json()["error"]["message"]
     forced = server.post(chat(tools=[TOOL], tool_choice="required"), CHAT_PATH).json()["error"]
     assert forced["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize("name", ["messages", "template", "chat_template", "tokenize", "tools", "mood"])
+def test_template_variables_are_no_way_to_other_arguments(name, server):
+    answer = server.post(chat(chat_template_kwargs={name: "x"}), CHAT_PATH)
+    assert answer.status_code == 400 and name in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [({"function": {"name": "f", "arguments": "{"}}, "no JSON"), ({"function": {}}, "name"), (5, "tool_calls")],
+)
+def test_malformed_calls_are_refused_by_their_place(call, message, server):
+    answer = server.post(chat(messages=[TURNS[0], {"role": "assistant", "tool_calls": [call]}]), CHAT_PATH)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and message in error["message"] and error["param"].startswith("messages")
