@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import resource
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,6 +24,10 @@ def server_config(app: FastAPI, settings: Settings, **options) -> uvicorn.Config
 
 def room_for(connections: int) -> int:
     """As many, or what the limit on open files leaves."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return connections
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return connections if files == resource.RLIM_INFINITY else max(1, min(connections, files - FILES_OF_OUR_OWN))
 

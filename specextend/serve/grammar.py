@@ -33,8 +33,8 @@ class Grammars:
     def __init__(self, models: LoadedModels):
         self._models = models
 
-    def processor(self, schema: dict, prompt_tokens: int) -> GrammarProcessor:
-        """What keeps one answer to `schema`; ApiError for a schema that is none."""
+    def compile(self, schema: dict) -> LLMatcher:
+        """A matcher at the beginning of an answer to `schema`, to be copied for each; ApiError where it is none."""
         if LLMatcher is None:
             raise refuse(FIELD, "the server lacks llguidance, which it needs for it: pip install llguidance")
         if not self._models.eos_token_ids:
@@ -48,7 +48,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _no_schema(matcher.get_error())
-        return GrammarProcessor(matcher, prompt_tokens)
+        return matcher
 
     @cached_property
     def _tokenizer(self):
@@ -63,6 +63,7 @@ class GrammarProcessor(LogitsProcessor):
     """Leaves the tokens that the grammar allows next; for one answer.
 
     Args:
+        matcher: of this answer alone.
         prompt_tokens: what stands before the answer.
     """
 

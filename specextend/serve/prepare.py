@@ -12,11 +12,13 @@ from specextend.data.templates import encode_prompt
 from specextend.engine import SpecExtend
 from specextend.serve.errors import ApiError
 from specextend.serve.fields import refuse
-from specextend.serve.grammar import Grammars
+from specextend.serve.grammar import GrammarProcessor, Grammars, LLMatcher
 from specextend.serve.rules import least_probability, processors
 from specextend.serve.schema import Conversation, GenerationRequest
 from specextend.serve.settings import Settings
 from specextend.serve.worker import Task
+
+Prompt = str | list[int] | Conversation
 
 
 class Preparation:
@@ -28,26 +30,27 @@ class Preparation:
     def tasks(self, body: GenerationRequest) -> list[Task]:
         """A task for every choice of every prompt; ApiError where one is refused."""
         prompts = [(prompt, self._encode(prompt)) for prompt in body.prompts]
+        grammar = None if body.answer_schema is None else self._grammars.compile(body.answer_schema)
         limits = [self._new_tokens(body.requested_tokens, len(ids)) for _, ids in prompts]
         return [
-            self._task(body, choice, prompt, ids, limit)
+            self._task(body, choice, prompt, ids, limit, grammar)
             for (prompt, ids), limit in zip(prompts, limits, strict=True)
             for choice in range(body.choices)
         ]
 
     def _task(
-        self, body: GenerationRequest, choice: int, prompt: str | list[int] | Conversation, ids: Tensor, limit: int
+        self, body: GenerationRequest, choice: int, prompt: Prompt, ids: Tensor, limit: int, grammar: LLMatcher | None
     ) -> Task:
         rules = processors(body, len(ids), self._engine.models)
-        if body.answer_schema is not None:
-            rules.append(self._grammars.processor(body.answer_schema, len(ids)))
+        if grammar is not None:
+            rules.append(GrammarProcessor(grammar.deep_copy(), len(ids)))
         rules += least_probability(body)
         echo = None
         if body.echoes:
             echo = prompt if isinstance(prompt, str) else self._engine.models.tokenizer.decode(ids.tolist())
         return Task(ids, limit, body.sampling(choice), body.stop, rules, echo, body.scored)
 
-    def _encode(self, prompt: str | list[int] | Conversation) -> Tensor:
+    def _encode(self, prompt: Prompt) -> Tensor:
         """Token ids [N] of a prompt."""
         models = self._engine.models
         if isinstance(prompt, Conversation):

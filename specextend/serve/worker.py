@@ -222,7 +222,8 @@ class Worker:
             nonlocal text
             if round_ is None:
                 text = TextStream(output.decode, task.stop)
-                self.metrics.first_token.observe(time.perf_counter() - job.arrived)
+                if index == 0:
+                    self.metrics.first_token.observe(time.perf_counter() - job.arrived)
             else:
                 self.metrics.add_round(round_)
             # set here, where no cache is growing, rather than read by whoever asks for the metrics

@@ -85,6 +85,15 @@ def test_client_that_stops_sending_gets_its_answer(stream, scripted):
     assert b'"finish_reason":"length"' in answer.replace(b": ", b":") and answer.count(b"x") >= 60
 
 
+def test_client_that_stops_sending_and_then_goes_frees_the_engine(scripted):
+    server, engine = scripted(pace=0.1)
+    connection = server.send(request(max_tokens=400))
+    connection.shutdown(socket.SHUT_WR)
+    wait_for(lambda: engine.rounds_run >= 3)
+    connection.close()
+    assert wait_for(lambda: not server.worker.busy) < 3
+
+
 def test_host_of_another_name_is_refused(scripted):
     server, _ = scripted(settings={"allowed_hosts": hosts_of("127.0.0.1", None)})
     for host in ("127.0.0.1", f"localhost:{server.port}", "[::1]:8000", "LOCALHOST"):

@@ -201,7 +201,7 @@ def test_answer_follows_a_json_schema_and_is_the_targets_own_under_it(temperatur
     assert answer["finish_reason"] == "stop"
     jsonschema.validate(json.loads(answer["text"]), SCHEMA)
     ids = bundled_engine.encode(PROMPT)
-    rule = grammar.Grammars(bundled_engine.models).processor(SCHEMA, len(ids))
+    rule = grammar.GrammarProcessor(grammar.Grammars(bundled_engine.models).compile(SCHEMA), len(ids))
     alone = bundled_engine.autoregressive(ids, 200, processors=[rule], sampling=SamplingConfig(temperature, seed=5))
     assert answer["text"] == alone.text
 
