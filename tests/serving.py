@@ -15,6 +15,7 @@ import uvicorn
 from specextend.decoding.output import Output
 from specextend.serve import Settings, create_app
 from specextend.serve.connections import server_config
+from specextend.serve.logprobs import Recorder
 
 MODEL = "bundled"
 PROMPT = "The king said that the"
@@ -88,6 +89,12 @@ class Scripted:
         return torch.tensor([len(messages)])
 
     def generate(self, ids, max_new_tokens, *, sampling, stop, on_round, processors=()):
+        recorders = [one for one in processors if isinstance(one, Recorder)]
+
+        def record(tokens: int) -> None:
+            for recorder in recorders * tokens:
+                recorder(ids[None], torch.zeros(1, 256))
+
         def decode(tokens):
             return bytes(tokens).decode(errors="replace")
 
@@ -96,12 +103,14 @@ class Scripted:
         output.prefill_seconds["target"] = 0.0
         if self.fail:
             raise self.fail
+        record(1)
         output.begin(torch.tensor(self._octets[0]))
         on_round(output, None)
         while not output.finished:
             time.sleep(self._pace)
             self.rounds_run += 1
             at = output.new_tokens
+            record(min(self._per_round, new_tokens - at))
             on_round(
                 output, output.append(self._per_round - 1, list(self._octets[at : at + self._per_round]), {"v": 1})
             )

@@ -61,9 +61,12 @@ def format_chat(
     check_messages(messages, template)
     uses_tools = "tools" in options or any("tool_calls" in message for message in messages)
     if uses_tools and not (template == "chat" and "tool" in str(tokenizer.chat_template)):
-        raise InputError("the model's conversation template knows no tools; use a model whose chat template does")
+        raise InputError(
+            "the model's conversation template knows no tools; use a model whose chat template does", setting="tools"
+        )
     if options and template != "chat":
-        raise InputError(f"the model has no chat template of its own that would read {', '.join(options)}")
+        names = ", ".join(options)
+        raise InputError(f"the model has no chat template of its own that would read {names}", setting="options")
     if template is None:
         return "\n\n".join(message["content"] for message in messages)
     if template == "chat":

@@ -57,7 +57,8 @@ class ApiError(Exception):
     @property
     def body(self) -> dict:
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        message, param = (text and _sendable(text) for text in (str(self), self.param))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, dict(self.headers or {}))
@@ -98,6 +99,11 @@ def register(app: FastAPI) -> None:
         elif first["type"] != "value_error":
             message = f"the body must be a JSON object, sent as application/json ({message})"
         return ApiError(400, message, param=param, code=first["type"]).response()
+
+
+def _sendable(text: str) -> str:
+    """What a client wrote may come back in an error, half a surrogate pair too."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _path(place: Sequence[int | str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, StringConstraints
@@ -54,6 +55,14 @@ def require_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{what} holds half a surrogate pair (character {error.start}); remove it") from None
+
+
+def require_json_text(param: str, value: Any) -> None:
+    """ApiError for half of a surrogate pair anywhere in a field."""
+    try:
+        require_text(json.dumps(value, ensure_ascii=False), "the value")
+    except ValueError as error:
+        raise refuse(param, str(error)) from error
 
 
 def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from specextend.data.templates import encode_prompt
 from specextend.engine import SpecExtend
+from specextend.errors import InputError
 from specextend.serve.errors import ApiError
 from specextend.serve.fields import refuse
 from specextend.serve.grammar import GrammarProcessor, Grammars, LLMatcher
@@ -54,7 +55,7 @@ class Preparation:
         """Token ids [N] of a prompt."""
         models = self._engine.models
         if isinstance(prompt, Conversation):
-            ids = self._engine.encode_chat(prompt.messages, **_template_options(prompt))
+            ids = self._encode_chat(prompt)
         elif isinstance(prompt, str):
             ids = torch.tensor(encode_prompt(prompt, None, models.tokenizer), device=models.device)
         else:
@@ -71,6 +72,13 @@ class Preparation:
                 code="context_length_exceeded", param="prompt",
             )  # fmt: skip
         return ids
+
+    def _encode_chat(self, prompt: Conversation) -> Tensor:
+        try:
+            return self._engine.encode_chat(prompt.messages, **_template_options(prompt))
+        except InputError as error:
+            blamed = {"tools": "tools", "options": "chat_template_kwargs"}.get(error.setting, prompt.field)
+            raise ApiError(400, str(error), param=blamed, code="invalid_value") from error
 
     def _new_tokens(self, requested: int | None, prompt_tokens: int) -> int:
         """New tokens to generate at most; ApiError where the model holds fewer than requested.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from specextend.serve.fields import JsonSchema, Tokens, refuse
+from specextend.serve.fields import JsonSchema, Tokens, refuse, require_json_text
 from specextend.serve.responses import Builder, Choice, Identity, usage_of
 from specextend.serve.schema import ChatMessage, Conversation, GenerationRequest
 from specextend.serve.worker import End, Job, Piece
@@ -37,12 +37,18 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: Tokens | None = None
     text: TextOptions | None = None
 
-    @property
-    def prompts(self) -> list[Conversation]:
+    @model_validator(mode="after")
+    def _fits_together(self) -> ResponsesRequest:
         if self.choices > 1:
             raise refuse("n", "a response has one answer; leave it out")
+        for name in ("instructions", "text"):  # the response repeats them
+            require_json_text(name, self.model_dump(include={name}))
+        return self
+
+    @property
+    def prompts(self) -> list[Conversation]:
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        return [Conversation(messages=first + [one.as_template for one in self.input])]
+        return [Conversation(field="input", messages=first + [one.as_template for one in self.input])]
 
     @property
     def requested_tokens(self) -> int | None:

@@ -19,6 +19,7 @@ from specextend.serve.fields import (
     Tokens,
     TopLogprobs,
     refuse,
+    require_json_text,
     require_text,
 )
 
@@ -239,8 +240,13 @@ class ChatMessage(BaseModel):
 
 
 class Conversation(BaseModel):
-    """Messages for the model's conversation template, and what else that is told."""
+    """Messages for the model's conversation template, and what else that is told.
 
+    Args:
+        field: of the request, where the messages stand.
+    """
+
+    field: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = {}
@@ -266,13 +272,15 @@ class ChatRequest(GenerationRequest):
             raise refuse("top_logprobs", "it needs logprobs=true")
         if self.tool_choice not in (None, "none", "auto"):
             raise refuse("tool_choice", "give auto or none: no call can be forced", "unsupported_value")
-        require_text(json.dumps([self.tools, self.chat_template_kwargs], ensure_ascii=False), "the tools")
+        require_json_text("tools", self.tools)
+        require_json_text("chat_template_kwargs", self.chat_template_kwargs)
         return self
 
     @property
     def prompts(self) -> list[Conversation]:
         return [
             Conversation(
+                field="messages",
                 messages=[one.as_template for one in self.messages],
                 tools=None if self.tool_choice == "none" else self.tools,
                 variables=self.chat_template_kwargs or {},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 
+import httpx
 import jsonschema
 import pytest
 import torch
@@ -17,7 +20,8 @@ from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLog
 
 from specextend.config import SamplingConfig  # noqa: E402
 from specextend.data import templates  # noqa: E402
-from specextend.serve import grammar  # noqa: E402
+from specextend.serve import grammar, schema  # noqa: E402
+from specextend.serve.responses_api import ResponsesRequest  # noqa: E402
 
 CHAT_PATH = "/v1/chat/completions"
 NEUTRAL = [
@@ -304,3 +308,39 @@ def test_malformed_calls_are_refused_by_their_place(call, message, server):
     answer = server.post(chat(messages=[TURNS[0], {"role": "assistant", "tool_calls": [call]}]), CHAT_PATH)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["param"].startswith("messages")
+
+
+# ---- whatever is sent
+
+ODD = [
+    None, True, 0, -1, 10**30, 0.5, "", "x", "\udc00", [], [[]], [None], {}, {"type": "json_object"}, {"5": "\udc00"},
+    [{}],
+]  # fmt: skip
+BODIES = {
+    "/v1/completions": (request(max_tokens=2), schema.CompletionRequest),
+    CHAT_PATH: (chat(max_tokens=2), schema.ChatRequest),
+    "/v1/responses": ({"model": MODEL, "input": "a", "max_output_tokens": 2}, ResponsesRequest),
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_no_value_of_any_field_breaks_the_server(path, scripted_once):
+    body, kind = BODIES[path]
+    fields = [*kind.model_fields, *schema.NEUTRAL, "unheard_of"]
+
+    async def ask_all() -> list[tuple]:
+        transport = httpx.ASGITransport(scripted_once.app, raise_app_exceptions=False)
+        headers = {"Content-Type": "application/json"}
+        async with httpx.AsyncClient(transport=transport, base_url=scripted_once.url, headers=headers) as client:
+            return [
+                (name, value, await client.post(path, content=json.dumps(body | {name: value})))
+                for name in fields
+                for value in ODD
+            ]
+
+    for name, value, answer in asyncio.run(ask_all()):
+        assert answer.status_code in (200, 400, 404), (name, value, answer.text)
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            assert error["message"] and error["code"] and error["param"], (name, value, error)
+            assert re.split(r"[.\[]", error["param"])[0] in kind.model_fields.keys() | {name}
