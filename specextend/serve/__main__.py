@@ -15,7 +15,7 @@ from specextend.cli.commands import load_pair
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError
 from specextend.serve.app import create_app
-from specextend.serve.connections import room_for, server_config
+from specextend.serve.connections import server_config
 from specextend.serve.settings import Settings, check_host, hosts_of, read_key
 from specextend.serve.worker import Worker
 
@@ -37,7 +37,7 @@ def main() -> None:
         grace_s=args.grace,
         allowed_hosts=hosts_of(args.host, key, args.allowed_hosts),
         allowed_origins=tuple(args.allowed_origins),
-        max_connections=room_for(args.max_connections),
+        max_connections=args.max_connections,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
     )

@@ -52,8 +52,8 @@ def create_app(engine: SpecExtend, settings: Settings) -> FastAPI:
             allow_headers=["*"], expose_headers=[HEADER],
         )  # fmt: skip
     errors.register(app)
-    app.include_router(tokens.router(engine.models))
     handler = RequestHandler(engine, settings, worker)
+    app.include_router(tokens.router(engine.models, handler.in_turn))
     identity = Identity(settings.model_id, _fingerprint(engine), TokenNames(engine.models.tokenizer))
     model = {"id": settings.model_id, "object": "model", "created": int(time.time()), "owned_by": "specextend"}
 

@@ -18,7 +18,9 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # an interim answer, which clients 
 
 def server_config(app: FastAPI, settings: Settings, **options) -> uvicorn.Config:
     """How uvicorn serves `app`."""
-    protocol = functools.partial(Connection, settings=settings)
+    protocol = functools.partial(
+        Connection, most=room_for(settings.max_connections), header_timeout_s=settings.header_timeout_s
+    )
     return uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=5, server_header=False, **options)
 
 
@@ -35,13 +37,15 @@ def room_for(connections: int) -> int:
 class Connection(H11Protocol):
     """uvicorn's connection with limits of its own.
 
-    Beyond `max_connections` the one that has been idle for the longest makes room; where all are busy, the new one is
-    closed. A request's header is complete within `header_timeout_s`, or the connection ends.
+    Args:
+        most: connections at once; beyond, the one that has been idle for the longest makes room, and where all are
+            busy, the new one is closed.
+        header_timeout_s: within which a request's header is complete, or the connection ends.
     """
 
-    def __init__(self, *args, settings: Settings, **options):
+    def __init__(self, *args, most: int, header_timeout_s: float, **options):
         super().__init__(*args, **options)
-        self._settings = settings
+        self._most, self._header_timeout_s = most, header_timeout_s
         self._header_timer: asyncio.TimerHandle | None = None
         self.idle_since = self.loop.time()
 
@@ -53,7 +57,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._await_header()
-        if len(self.connections) > self._settings.max_connections:
+        if len(self.connections) > self._most:
             idle = [one for one in self.connections if one.is_idle and one is not self]
             min(idle, key=lambda one: one.idle_since, default=self).drop()
 
@@ -96,7 +100,7 @@ class Connection(H11Protocol):
         self.loop.call_later(wait_s, self._probe, min(2 * wait_s, LAST_PROBE_S))
 
     def _await_header(self) -> None:
-        self._header_timer = self.loop.call_later(self._settings.header_timeout_s, self.drop)
+        self._header_timer = self.loop.call_later(self._header_timeout_s, self.drop)
 
     def _stop_timer(self) -> None:
         if self._header_timer is not None:

@@ -1,4 +1,4 @@
-"""Around every request: an id that client and log share, and HEAD wherever there is GET."""
+"""Around every request: an id to speak of it, and HEAD wherever there is GET."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def _as_integer(value: Any) -> Any:
 
 def _as_stops(value: Any) -> Any:
     """One or several; an empty stop string stops nothing."""
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     return [stop for stop in stops if stop != ""] if isinstance(stops, list) else stops
 
 
@@ -46,7 +46,7 @@ def _is_ids(value: Any) -> bool:
 
 def _as_parts(value: Any) -> Any:
     """A message's content as a list of parts."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value or []
+    return [{"type": "text", "text": value}] if isinstance(value, str) else [] if value is None else value
 
 
 def require_text(text: str, what: str) -> None:

@@ -76,7 +76,7 @@ class GrammarProcessor(LogitsProcessor):
         self._read = input_ids.shape[1]
         allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         if self._matcher.is_error():
-            raise ApiError(400, f"{FIELD}: the schema is too complex ({_line(self._matcher.get_error())})", param=FIELD)
+            raise _no_schema(self._matcher.get_error())
         return scores.masked_fill(allowed.to(scores.device) == 0, float("-inf"))
 
 

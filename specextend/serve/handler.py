@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -19,6 +21,8 @@ from specextend.serve.schema import GenerationRequest
 from specextend.serve.settings import Settings
 from specextend.serve.worker import End, Job, Piece, Worker
 
+T = TypeVar("T")
+
 
 class RequestHandler:
     """Runs requests on the worker and sends the responses."""
@@ -26,7 +30,7 @@ class RequestHandler:
     def __init__(self, engine: SpecExtend, settings: Settings, worker: Worker):
         self._settings, self._worker = settings, worker
         self._preparation = Preparation(engine, settings)
-        self._preparing = ThreadPoolExecutor(1, "prepare")  # one thread: long texts queue
+        self._preparing = ThreadPoolExecutor(1, "prepare")
 
     def check_model(self, name: str) -> None:
         if name != self._settings.model_id:
@@ -35,12 +39,15 @@ class RequestHandler:
                 code="model_not_found", param="model",
             )  # fmt: skip
 
+    async def in_turn(self, work: Callable[[], T]) -> T:
+        """Run what tokenizes outside the event loop, in one thread: long texts queue."""
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+
     async def respond(self, request: Request, body: GenerationRequest, builder: Builder) -> Response:
         """The whole response, or a stream from the first text on; ApiError where the request is refused."""
         self.check_model(body.model)
         self._worker.check_queue()  # before the work of tokenizing
-        loop = asyncio.get_running_loop()
-        job = Job(await loop.run_in_executor(self._preparing, self._preparation.tasks, body))
+        job = Job(await self.in_turn(functools.partial(self._preparation.tasks, body)))
         self._worker.submit(job)
         events = job.events()
         try:

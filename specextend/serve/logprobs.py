@@ -7,7 +7,6 @@ Those of an answer are read where the target chooses (`Recorder`); those of a pr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -44,10 +43,12 @@ class TokenNames:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
+        self._anchor = tokenizer("a", add_special_tokens=False, verbose=False).input_ids[-1]
+        self._before = len(tokenizer.decode([self._anchor]))
 
     def __call__(self, token: int) -> str:
         # behind another token: at the beginning some tokenizers drop a blank
-        return self._tokenizer.decode([self._anchor, token])[len(self._anchor_text) :]
+        return self._tokenizer.decode([self._anchor, token])[self._before :]
 
     def completion(self, scores: Sequence[TokenScore], offset: int = 0) -> dict:
         """The `logprobs` of a completion's choice.
@@ -84,11 +85,3 @@ class TokenNames:
     def _entry(self, token: int, logprob: float) -> dict:
         name = self(token)
         return {"token": name, "logprob": logprob, "bytes": None if "\ufffd" in name else list(name.encode())}
-
-    @cached_property
-    def _anchor(self) -> int:
-        return self._tokenizer("a", add_special_tokens=False, verbose=False).input_ids[-1]
-
-    @cached_property
-    def _anchor_text(self) -> str:
-        return self._tokenizer.decode([self._anchor])

@@ -30,9 +30,9 @@ class Preparation:
 
     def tasks(self, body: GenerationRequest) -> list[Task]:
         """A task for every choice of every prompt; ApiError where one is refused."""
-        prompts = [(prompt, self._encode(prompt)) for prompt in body.prompts]
+        prompts = [(prompt, self._encode(body, prompt)) for prompt in body.prompts]
         grammar = None if body.answer_schema is None else self._grammars.compile(body.answer_schema)
-        limits = [self._new_tokens(body.requested_tokens, len(ids)) for _, ids in prompts]
+        limits = [self._new_tokens(body, len(ids)) for _, ids in prompts]
         return [
             self._task(body, choice, prompt, ids, limit, grammar)
             for (prompt, ids), limit in zip(prompts, limits, strict=True)
@@ -51,55 +51,52 @@ class Preparation:
             echo = prompt if isinstance(prompt, str) else self._engine.models.tokenizer.decode(ids.tolist())
         return Task(ids, limit, body.sampling(choice), body.stop, rules, echo, body.scored)
 
-    def _encode(self, prompt: Prompt) -> Tensor:
+    def _encode(self, body: GenerationRequest, prompt: Prompt) -> Tensor:
         """Token ids [N] of a prompt."""
         models = self._engine.models
         if isinstance(prompt, Conversation):
-            ids = self._encode_chat(prompt)
+            ids = self._encode_chat(body, prompt)
         elif isinstance(prompt, str):
             ids = torch.tensor(encode_prompt(prompt, None, models.tokenizer), device=models.device)
         else:
             vocab_size = models.target.config.vocab_size
             if any(not 0 <= token < vocab_size for token in prompt):
-                raise ApiError(
-                    400, f"a token id lies outside 0 .. {vocab_size - 1}", param="prompt", code="invalid_value"
-                )
+                raise refuse(body.prompt_field, f"a token id lies outside 0 .. {vocab_size - 1}")
             ids = torch.tensor(prompt, device=models.device)
         most = self._settings.max_prompt_tokens
         if most and len(ids) > most:
-            raise ApiError(
-                400, f"the prompt has {len(ids)} tokens, this server takes at most {most}",
-                code="context_length_exceeded", param="prompt",
-            )  # fmt: skip
+            raise _too_long(body, f"the prompt has {len(ids)} tokens, this server takes at most {most}")
         return ids
 
-    def _encode_chat(self, prompt: Conversation) -> Tensor:
+    def _encode_chat(self, body: GenerationRequest, prompt: Conversation) -> Tensor:
         try:
             return self._engine.encode_chat(prompt.messages, **_template_options(prompt))
         except InputError as error:
-            blamed = {"tools": "tools", "options": "chat_template_kwargs"}.get(error.setting, prompt.field)
-            raise ApiError(400, str(error), param=blamed, code="invalid_value") from error
+            blamed = {"tools": "tools", "options": "chat_template_kwargs"}.get(error.setting, body.prompt_field)
+            raise refuse(blamed, str(error)) from error
 
-    def _new_tokens(self, requested: int | None, prompt_tokens: int) -> int:
+    def _new_tokens(self, body: GenerationRequest, prompt_tokens: int) -> int:
         """New tokens to generate at most; ApiError where the model holds fewer than requested.
 
         The server's own limit shortens the response instead, whose finish reason is then "length".
         """
-        limit = self._engine.limit
+        requested, limit = body.requested_tokens, self._engine.limit
         if requested is not None and requested > limit:
-            raise ApiError(
-                400, f"max_tokens is {requested}, this model holds {limit} tokens", param="max_tokens",
-                code="invalid_value",
-            )  # fmt: skip
+            raise refuse(body.limit_field, f"{requested} are asked for, this model holds {limit} tokens")
         available = limit - prompt_tokens
         allowed = self._settings.max_new_tokens or limit
         needed = 1 if requested is None else min(requested, allowed)
         if available < needed:
-            raise ApiError(
-                400, f"this model holds {limit} tokens; the prompt has {prompt_tokens} and {needed} more are asked "
-                "for. Shorten one of them", code="context_length_exceeded", param="prompt",
-            )  # fmt: skip
+            raise _too_long(
+                body,
+                f"this model holds {limit} tokens; the prompt has {prompt_tokens} and {needed} more are asked for. "
+                "Shorten one of them",
+            )
         return min(available, allowed, self._settings.default_max_tokens) if requested is None else needed
+
+
+def _too_long(body: GenerationRequest, message: str) -> ApiError:
+    return ApiError(400, message, param=body.prompt_field, code="context_length_exceeded")
 
 
 def _template_options(prompt: Conversation) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -28,6 +28,8 @@ def _as_messages(value: Any) -> Any:
 class ResponsesRequest(GenerationRequest):
     """Messages, or one text, and instructions in front of them."""
 
+    prompt_field: ClassVar[str] = "input"
+
     input: Annotated[
         list[ChatMessage],
         Field(min_length=1),
@@ -48,7 +50,11 @@ class ResponsesRequest(GenerationRequest):
     @property
     def prompts(self) -> list[Conversation]:
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        return [Conversation(field="input", messages=first + [one.as_template for one in self.input])]
+        return [Conversation(messages=first + [one.as_template for one in self.input])]
+
+    @property
+    def limit_field(self) -> str:
+        return super().limit_field if self.max_output_tokens is None else "max_output_tokens"
 
     @property
     def requested_tokens(self) -> int | None:

@@ -62,6 +62,7 @@ class GenerationRequest(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    prompt_field: ClassVar[str]
     default_tokens: ClassVar[int | None] = None  # None: the server's
 
     model: str
@@ -141,6 +142,11 @@ class GenerationRequest(BaseModel):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
+    def limit_field(self) -> str:
+        """The field that limits the answer."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
     def requested_tokens(self) -> int | None:
         given = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self.default_tokens if given is None else given
@@ -154,6 +160,7 @@ class CompletionRequest(GenerationRequest):
         logprobs: how many alternatives to each token are told; 0: its own log-probability.
     """
 
+    prompt_field: ClassVar[str] = "prompt"
     default_tokens: ClassVar[int] = 16  # OpenAI's
 
     prompt: Prompts
@@ -240,13 +247,8 @@ class ChatMessage(BaseModel):
 
 
 class Conversation(BaseModel):
-    """Messages for the model's conversation template, and what else that is told.
+    """Messages for the model's conversation template, and what else that is told."""
 
-    Args:
-        field: of the request, where the messages stand.
-    """
-
-    field: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     variables: dict[str, Any] = {}
@@ -258,6 +260,8 @@ class ChatRequest(GenerationRequest):
     Args:
         chat_template_kwargs: variables for the model's own chat template.
     """
+
+    prompt_field: ClassVar[str] = "messages"
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool | None = None
@@ -280,7 +284,6 @@ class ChatRequest(GenerationRequest):
     def prompts(self) -> list[Conversation]:
         return [
             Conversation(
-                field="messages",
                 messages=[one.as_template for one in self.messages],
                 tools=None if self.tool_choice == "none" else self.tools,
                 variables=self.chat_template_kwargs or {},

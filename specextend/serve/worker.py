@@ -195,7 +195,7 @@ class Worker:
     def _failure(self, error: Exception) -> ApiError:
         """What a request is told of an error; after one of the device nobody else is let in."""
         told = ApiError.of(error)
-        if isinstance(error, torch.AcceleratorError):
+        if isinstance(error, torch.AcceleratorError) or _is_lost(self._engine.models.device):
             with self._changed:
                 self._failed, told = True, _device_failed()
                 for waiting in list(self._waiting):
@@ -245,6 +245,16 @@ class Worker:
 
 def _stopping() -> ApiError:
     return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "30"})
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether a GPU answers no more; an error there spoils everything that comes after."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _device_failed() -> ApiError:

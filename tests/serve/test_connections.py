@@ -18,6 +18,7 @@ pytest.importorskip("openai")
 
 from serving import MODEL, Server, request, wait_for  # noqa: E402
 
+from specextend.serve import worker  # noqa: E402
 from specextend.serve.connections import room_for  # noqa: E402
 from specextend.serve.settings import hosts_of  # noqa: E402
 
@@ -26,6 +27,11 @@ def connect(server: Server) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.settimeout(10)
     return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_idle_connections_make_room(scripted):
@@ -57,8 +63,7 @@ def test_header_that_does_not_come_ends_the_connection(scripted):
                 assert b"200 OK" in connection.recv(1000)
             begin = time.perf_counter()
             connection.sendall(b"GET /heal")
-            while connection.recv(1000):
-                pass
+            read_all(connection)
             assert 0.1 < time.perf_counter() - begin < 3
 
 
@@ -67,7 +72,7 @@ def test_body_that_does_not_come_is_408(scripted):
     with connect(server) as connection:
         head = "POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", "Content-Length: 99"
         connection.sendall("\r\n".join([*head, "", '{"model"']).encode())
-        answer = connection.recv(2000)
+        answer = read_all(connection)
     assert b" 408 " in answer and b'"code":"request_timeout"' in answer
     server, _ = scripted(settings={"body_timeout_s": 0.2}, pace=0.02)
     assert server.post(request(max_tokens=60)).status_code == 200, "the answer may take longer"
@@ -78,9 +83,7 @@ def test_client_that_stops_sending_gets_its_answer(stream, scripted):
     server, _ = scripted(pace=0.02)
     with server.send(request(max_tokens=60, stream=stream)) as connection:
         connection.shutdown(socket.SHUT_WR)
-        answer = b""
-        while part := connection.recv(65536):
-            answer += part
+        answer = read_all(connection)
     assert b"HTTP/1.1 200 OK" in answer
     assert b'"finish_reason":"length"' in answer.replace(b": ", b":") and answer.count(b"x") >= 60
 
@@ -192,6 +195,14 @@ def test_failed_device_is_seen_from_outside(scripted):
     assert (health.status_code, health.json()) == (503, {"status": "failed"})
     engine.fail = None
     assert server.post(request()).status_code == 503, "nothing can be trusted any more"
+
+
+def test_gpu_that_answers_no_more_is_lost_whatever_the_error_was(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert worker._is_lost(torch.device("cuda")) and not worker._is_lost(torch.device("cpu"))
 
 
 def test_error_of_a_request_leaves_the_server_healthy(scripted):

@@ -70,6 +70,7 @@ def test_response_follows_a_schema(server):
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"max_output_tokens": 17000}, "max_output_tokens"),
         ({"background": True}, "background"),
     ],
     ids=str,

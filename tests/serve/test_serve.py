@@ -347,8 +347,12 @@ def test_prompt_of_50000_tokens_is_a_clear_400(server, bundled_engine):
         tokens = len(bundled_engine.encode(prompt))
         assert tokens > 50_000
         assert f"holds {bundled_engine.limit} tokens; the prompt has {tokens}" in refused.value.message
-    with pytest.raises(openai.BadRequestError, match="holds 16384 tokens"):
-        server.client().chat.completions.create(model=MODEL, messages=[{"role": "user", "content": prompt}])
+    for path, body in {
+        "chat/completions": {"messages": [{"role": "user", "content": prompt}]},
+        "responses": {"input": prompt},
+    }.items():
+        error = server.post({"model": MODEL} | body, f"/v1/{path}").json()["error"]
+        assert "holds 16384 tokens" in error["message"] and error["param"] in body
 
 
 def test_limits_on_prompt_and_answer_are_the_servers(scripted):
@@ -529,6 +533,8 @@ def test_stop_gives_up_an_answer_that_takes_too_long():
         (("--port", "TAKEN"), "cannot be listened on"),
         (("--port", "99999"), "cannot be listened on"),
         (("--max_waiting", "0"), "max_waiting is 0"),
+        (("--max_connections", "0"), "max_connections is 0"),
+        (("--header_timeout", "0"), "header_timeout_s is 0"),
         (("--default_max_tokens", "0"), "default_max_tokens is 0"),
         (("--nodez", "0"), "unrecognized arguments"),
     ],
