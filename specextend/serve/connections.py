@@ -12,26 +12,30 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from specextend.serve.settings import Settings
 
 FIRST_PROBE_S, LAST_PROBE_S = 0.02, 1.0
-FILES_OF_OUR_OWN = 64
+FILES_OF_OUR_OWN, MANY_FILES = 64, 2**20
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # an interim answer, which clients skip
 
 
 def server_config(app: FastAPI, settings: Settings, **options) -> uvicorn.Config:
     """How uvicorn serves `app`."""
-    protocol = functools.partial(
-        Connection, most=room_for(settings.max_connections), header_timeout_s=settings.header_timeout_s
+    files = _most_files()
+    most = max(1, min(settings.max_connections, files - FILES_OF_OUR_OWN))
+    protocol = functools.partial(Connection, most=most, header_timeout_s=settings.header_timeout_s)
+    # what asyncio accepts in one go, before any connection is closed, must not use up the files either
+    backlog = max(32, min(2048, (files - most) // 2))
+    return uvicorn.Config(
+        app, http=protocol, backlog=backlog, timeout_graceful_shutdown=5, server_header=False, **options
     )
-    return uvicorn.Config(app, http=protocol, timeout_graceful_shutdown=5, server_header=False, **options)
 
 
-def room_for(connections: int) -> int:
-    """As many, or what the limit on open files leaves."""
+def _most_files() -> int:
+    """That this process may have open."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return connections
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return connections if files == resource.RLIM_INFINITY else max(1, min(connections, files - FILES_OF_OUR_OWN))
+        return MANY_FILES
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MANY_FILES if limit == resource.RLIM_INFINITY else limit
 
 
 class Connection(H11Protocol):

@@ -23,7 +23,7 @@ except ImportError:
     LLMatcher = None
 
 # between a JSON text's tokens, as much as indentation takes; some models would go on with blanks for ever
-WHITE_SPACE = r"\n?[ \t]{0,12}"
+WHITE_SPACE = r"\n? {0,12}"
 FIELD = "response_format"
 
 

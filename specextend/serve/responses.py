@@ -62,7 +62,7 @@ class Builder(ABC):
     def __init__(self, identity: Identity, body: GenerationRequest):
         self._names, self._body = identity.names, body
         self._identity = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": identity.model,
+            "id": f"{self.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": identity.model,
             "system_fingerprint": identity.fingerprint,
         }  # fmt: skip
 
@@ -125,7 +125,7 @@ class Builder(ABC):
 
 
 class CompletionBuilder(Builder):
-    prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
+    prefix, object, chunk_object = "cmpl-", "text_completion", "text_completion"
 
     def _written(self, scores: Sequence[TokenScore], offset: int) -> dict:
         return self._names.completion(scores, offset)
@@ -137,7 +137,7 @@ class CompletionBuilder(Builder):
 
 
 class ChatBuilder(Builder):
-    prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def _first_deltas(self) -> list[dict]:
         return [{"delta": {"role": "assistant", "content": ""}}]

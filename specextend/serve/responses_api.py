@@ -71,7 +71,7 @@ class ResponsesRequest(GenerationRequest):
 class ResponsesBuilder(Builder):
     """A response with one message, or the events in which it grows."""
 
-    prefix, object, chunk_object = "resp", "response", "response"
+    prefix, object, chunk_object = "resp_", "response", "response"
 
     def __init__(self, identity: Identity, body: ResponsesRequest):
         super().__init__(identity, body)

@@ -18,8 +18,8 @@ pytest.importorskip("openai")
 
 from serving import MODEL, Server, request, wait_for  # noqa: E402
 
-from specextend.serve import worker  # noqa: E402
-from specextend.serve.connections import room_for  # noqa: E402
+from specextend.serve import Settings, worker  # noqa: E402
+from specextend.serve.connections import server_config  # noqa: E402
 from specextend.serve.settings import hosts_of  # noqa: E402
 
 
@@ -212,10 +212,13 @@ def test_error_of_a_request_leaves_the_server_healthy(scripted):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_room_is_what_the_limit_on_open_files_leaves(monkeypatch):
+def test_connections_are_no_more_than_the_limit_on_open_files_leaves(monkeypatch):
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (128, 128))
-    assert room_for(512) == 64 and room_for(10) == 10
+    for files, most in {128: 64, 100_000: 512, resource.RLIM_INFINITY: 512}.items():
+        monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
+        config = server_config(None, Settings(MODEL))
+        assert config.http.keywords["most"] == most and 32 <= config.backlog <= 2048
+        assert files < 0 or most + config.backlog < files
 
 
 def test_openapi_describes_what_is_taken(server):
