@@ -12,6 +12,7 @@ from specextend.decoding.output import Generation
 from specextend.decoding.scoring import TokenScore
 from specextend.serve.logprobs import TokenNames
 from specextend.serve.schema import GenerationRequest
+from specextend.serve.tool_calls import end_of_text, find_calls
 from specextend.serve.worker import End, Job, Piece
 
 FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -34,10 +35,16 @@ class Identity:
 
 @dataclass
 class Choice:
-    """What came of one choice so far."""
+    """What came of one choice so far.
+
+    Attributes:
+        sent: characters of the text, and named: characters of the tokens, that chunks have told.
+    """
 
     text: str = ""
     scores: list[TokenScore] = field(default_factory=list)
+    sent: int = 0
+    named: int = 0
     result: Generation | None = None
 
     def add(self, event: Piece | End) -> None:
@@ -68,15 +75,11 @@ class Builder(ABC):
 
     def full(self, choices: Sequence[Choice]) -> dict:
         """The whole response."""
-        parts = [
-            {
-                "index": index,
-                **self._content(choice.text),
-                "logprobs": self._scores(choice.scores, 0),
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
-        ]
+        parts = []
+        for index, choice in enumerate(choices):
+            content, reason = self._content(choice)
+            scores = self._scores(choice, choice.scores)
+            parts.append({"index": index, **content, "logprobs": scores, "finish_reason": reason})
         usage = usage_of([choice.result for choice in choices], self._body.choices)
         return {**self._identity, "object": self.object, "choices": parts, "usage": usage}
 
@@ -88,12 +91,17 @@ class Builder(ABC):
             if not choice.text and not choice.scores:
                 for delta in self._first_deltas():
                     yield self._chunk(event.index, delta)
-            if isinstance(event, Piece):
-                scores = self._scores(event.scores, len(choice.text))
-                yield self._chunk(event.index, self._delta(event.text), scores)
             choice.add(event)
-            if isinstance(event, End):
-                yield self._chunk(event.index, self._delta(""), finish_reason=choice.finish_reason)
+            if isinstance(event, Piece):
+                scores = self._scores(choice, event.scores)
+                text, choice.sent = choice.text[choice.sent : self._end(choice.text)], self._end(choice.text)
+                if text or scores:
+                    yield self._chunk(event.index, self._delta(text), scores)
+            else:
+                deltas, reason = self._last_deltas(choice)
+                for delta in deltas:
+                    yield self._chunk(event.index, delta)
+                yield self._chunk(event.index, self._delta(""), finish_reason=reason)
         if self._body.wants_usage:
             usage = usage_of([choice.result for choice in choices], self._body.choices)
             yield {**self._identity, "object": self.chunk_object, "choices": [], "usage": usage}
@@ -107,17 +115,29 @@ class Builder(ABC):
         """Chunks before the first text."""
         return []
 
-    def _scores(self, scores: Sequence[TokenScore], offset: int) -> dict | None:
-        """The log-probabilities of a choice or a chunk that begins `offset` characters into its text."""
-        return None if self._body.scored is None else self._written(scores, offset)
+    def _end(self, text: str) -> int:
+        """How much of a growing answer may be sent."""
+        return len(text)
+
+    def _last_deltas(self, choice: Choice) -> tuple[list[dict], str]:
+        """What is left to send of a complete choice, and why it ended."""
+        return [], choice.finish_reason
+
+    def _scores(self, choice: Choice, scores: Sequence[TokenScore]) -> dict | None:
+        """The log-probabilities of a choice's next tokens."""
+        if self._body.scored is None:
+            return None
+        written = self._written(scores, choice.named)
+        choice.named += sum(len(self._names(score.token)) for score in scores)
+        return written
 
     @abstractmethod
     def _written(self, scores: Sequence[TokenScore], offset: int) -> dict:
         """Log-probabilities as this kind of response writes them."""
 
     @abstractmethod
-    def _content(self, text: str) -> dict:
-        """The field of a choice that holds the whole text."""
+    def _content(self, choice: Choice) -> tuple[dict, str]:
+        """The field of a choice that holds the whole answer, and why it ended."""
 
     @abstractmethod
     def _delta(self, text: str) -> dict:
@@ -130,10 +150,11 @@ class CompletionBuilder(Builder):
     def _written(self, scores: Sequence[TokenScore], offset: int) -> dict:
         return self._names.completion(scores, offset)
 
-    def _content(self, text: str) -> dict:
-        return {"text": text}
+    def _content(self, choice: Choice) -> tuple[dict, str]:
+        return self._delta(choice.text), choice.finish_reason
 
-    _delta = _content
+    def _delta(self, text: str) -> dict:
+        return {"text": text}
 
 
 class ChatBuilder(Builder):
@@ -145,8 +166,28 @@ class ChatBuilder(Builder):
     def _written(self, scores: Sequence[TokenScore], offset: int) -> dict:
         return self._names.chat(scores)
 
-    def _content(self, text: str) -> dict:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _end(self, text: str) -> int:
+        return end_of_text(text) if self._body.tool_names else len(text)
+
+    def _last_deltas(self, choice: Choice) -> tuple[list[dict], str]:
+        _, calls, reason = self._parts(choice)
+        if calls:
+            return [{"delta": {"tool_calls": [{"index": index, **call} for index, call in enumerate(calls)]}}], reason
+        rest = choice.text[choice.sent :]
+        return [self._delta(rest)] if rest else [], reason
+
+    def _content(self, choice: Choice) -> tuple[dict, str]:
+        text, calls, reason = self._parts(choice)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return {"message": message}, reason
+
+    def _parts(self, choice: Choice) -> tuple[str, list[dict], str]:
+        """Text and calls of an answer, and why it ended."""
+        reason = choice.finish_reason
+        text, calls = find_calls(choice.text, self._body.tool_names) if self._body.tool_names else (choice.text, [])
+        return text, calls, "tool_calls" if calls and reason == "stop" else reason
 
     def _delta(self, text: str) -> dict:
         return {"delta": {"content": text} if text else {}}

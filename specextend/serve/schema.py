@@ -208,6 +208,19 @@ class ToolCall(BaseModel):
     function: Function
 
 
+class ToolFunction(BaseModel):
+    """What is called; its description is the template's business."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: ToolFunction
+
+
 class ChatMessage(BaseModel):
     """One turn; a tool's result names the call it answers."""
 
@@ -266,7 +279,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -276,16 +289,26 @@ class ChatRequest(GenerationRequest):
             raise refuse("top_logprobs", "it needs logprobs=true")
         if self.tool_choice not in (None, "none", "auto"):
             raise refuse("tool_choice", "give auto or none: no call can be forced", "unsupported_value")
-        require_json_text("tools", self.tools)
+        require_json_text("tools", self._tools)
         require_json_text("chat_template_kwargs", self.chat_template_kwargs)
         return self
+
+    @property
+    def tool_names(self) -> set[str]:
+        """Of the tools that the answer may call."""
+        return {tool["function"]["name"] for tool in self._tools or []}
+
+    @property
+    def _tools(self) -> list[dict[str, Any]] | None:
+        offered = None if self.tool_choice == "none" else self.tools
+        return offered and [tool.model_dump(exclude_unset=True) for tool in offered]
 
     @property
     def prompts(self) -> list[Conversation]:
         return [
             Conversation(
                 messages=[one.as_template for one in self.messages],
-                tools=None if self.tool_choice == "none" else self.tools,
+                tools=self._tools,
                 variables=self.chat_template_kwargs or {},
             )
         ]

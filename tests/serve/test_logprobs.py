@@ -66,7 +66,7 @@ def test_stream_tells_what_the_whole_tells(server):
     whole = server.client().completions.create(**body).choices[0].logprobs
     chunks = list(server.client().completions.create(**body, stream=True))
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
-    for name in ("tokens", "token_logprobs", "top_logprobs"):
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert sum((getattr(part, name) for part in parts), []) == getattr(whole, name)
 
 

@@ -286,6 +286,35 @@ def test_tools_and_their_results_are_what_the_chat_template_makes_of_them(script
     assert "look_up" not in seen[-1]
 
 
+ANSWERS = [
+    ('Well. <tool_call>\n{"name": "look_up", "arguments": {"word": "é"}}\n</tool_call>', "Well.", ['{"word": "é"}']),
+    ('{"name": "look_up", "parameters": {"word": "b"}}', None, ['{"word": "b"}']),
+    ('<tool_call>{"name": "look_up"}</tool_call>\n' * 2, None, ["{}", "{}"]),
+    ('{"name": "another", "parameters": {}}', '{"name": "another", "parameters": {}}', []),
+    ("a <tool_call> {broken </tool_call> b", "a <tool_call> {broken </tool_call> b", []),
+    ("1 < 2 and <tool_", "1 < 2 and <tool_", []),
+    ("{} is empty", "{} is empty", []),
+]
+
+
+@pytest.mark.parametrize("answer, text, arguments", ANSWERS)
+def test_calls_come_back_as_calls_and_all_else_as_text(answer, text, arguments, scripted):
+    server, engine = scripted(octets=answer.encode() + b"~")
+    engine.encode_chat = lambda messages, **options: torch.tensor([5])
+    client, body = server.client(), chat(max_tokens=400, tools=[TOOL], stop=["~"])
+    for choice in client.chat.completions.create(**body).choices:
+        calls = choice.message.tool_calls or []
+        assert choice.message.content == text and [call.function.arguments for call in calls] == arguments
+        assert len({call.id for call in calls}) == len(arguments)
+        assert choice.finish_reason == ("tool_calls" if arguments else "stop")
+    chunks = [chunk.choices[0].delta for chunk in client.chat.completions.create(**body, stream=True)]
+    sent = "".join(delta.content or "" for delta in chunks)
+    assert sent.strip() == (text or "").strip()
+    assert [call.function.arguments for delta in chunks for call in delta.tool_calls or []] == arguments
+    plain = client.chat.completions.create(**body | {"tool_choice": "none"}).choices[0]
+    assert plain.message.content == answer and not plain.message.tool_calls
+
+
 def test_model_without_a_template_for_tools_says_so(server):
     for changes in ({"tools": [TOOL]}, {"messages": TURNS}, {"messages": TURNS[:2]}):
         answer = server.post(chat(**changes), CHAT_PATH)
