@@ -6,7 +6,8 @@ Control tokens are the template's to write: one spelled out in a user's text ("<
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -28,15 +29,16 @@ def encode_chat(
     """Token ids of a conversation up to where the assistant answers, each special token once; options as below."""
     check_messages(messages, template)
     names = _control_tokens(tokenizer)
-    written = [name for name in names if any(name in message["content"] for message in messages)]
+    texts = list(_texts([messages, options]))
+    written = [name for name in names if any(name in text for text in texts)]
     adds = template != "chat"
     if template is None or not written:
         formatted = format_chat(messages, template, tokenizer, **options)
         as_text = template is None
         return tokenizer(formatted, add_special_tokens=adds, split_special_tokens=as_text, verbose=False).input_ids
-    marks = dict(zip(written, _unused_characters(messages), strict=False))
-    marked = [{**message, "content": _replaced(message["content"], marks)} for message in messages]
-    formatted = format_chat(marked, template, tokenizer, **options)
+    marks = dict(zip(written, _unused_characters(texts), strict=False))
+    messages, options = _replaced_within([list(messages), options], marks)
+    formatted = format_chat(messages, template, tokenizer, **options)
     return _encode_apart(formatted, names, {mark: name for name, mark in marks.items()}, tokenizer, adds)
 
 
@@ -85,9 +87,29 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
-def _unused_characters(messages: Sequence[Message]) -> Iterable[str]:
-    """Characters of a private plane of Unicode that stand in none of the messages."""
-    used = {character for message in messages for character in message["content"]}
+def _texts(value: object) -> Iterator[str]:
+    """All texts within messages or what else a template reads, those of tools and their calls too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def _replaced_within(value: Any, marks: Mapping[str, str]) -> Any:
+    """The same with all its texts `_replaced`."""
+    if isinstance(value, str):
+        return _replaced(value, marks)
+    if isinstance(value, Mapping):
+        return {_replaced_within(key, marks): _replaced_within(one, marks) for key, one in value.items()}
+    return [_replaced_within(one, marks) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _unused_characters(texts: Sequence[str]) -> Iterable[str]:
+    """Characters of a private plane of Unicode that stand in none of the texts."""
+    used = {character for text in texts for character in text}
     return (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
 
 

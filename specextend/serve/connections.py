@@ -83,7 +83,8 @@ class Connection(H11Protocol):
     def eof_received(self) -> bool:
         """True keeps the connection: the client has sent its request and may still wait for the answer.
 
-        It may as well have gone. Writing tells: a client that has gone resets the connection.
+        It may as well have gone. Writing tells: a client that has gone resets the connection. Once an answer has begun
+        there is nothing to write between its parts, and an end of sending counts as going.
         """
         waits = not self.is_idle and not self.cycle.more_body and not self.cycle.response_started
         if waits and self.scope["http_version"] == "1.1":

@@ -81,8 +81,8 @@ def test_body_that_does_not_come_is_408(scripted):
 @pytest.mark.parametrize("stream", [False, True])
 def test_client_that_stops_sending_gets_its_answer(stream, scripted):
     server, _ = scripted(pace=0.02)
-    with server.send(request(max_tokens=60, stream=stream)) as connection:
-        connection.shutdown(socket.SHUT_WR)
+    with server.send(request(max_tokens=30)), server.send(request(max_tokens=60, stream=stream)) as connection:
+        connection.shutdown(socket.SHUT_WR)  # while the one before it is answered
         answer = read_all(connection)
     assert b"HTTP/1.1 200 OK" in answer
     assert b'"finish_reason":"length"' in answer.replace(b": ", b":") and answer.count(b"x") >= 60

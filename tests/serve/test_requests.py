@@ -286,6 +286,17 @@ def test_tools_and_their_results_are_what_the_chat_template_makes_of_them(script
     assert "look_up" not in seen[-1]
 
 
+def test_control_tokens_spelled_out_in_tools_and_calls_are_text(bundled_models, monkeypatch):
+    tokenizer = bundled_models.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ bos_token }}{{ tools | tojson }}{{ messages | tojson }}")
+    end = tokenizer.eos_token
+    call = {"type": "function", "function": {"name": "f", "arguments": {end: [end]}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    ids = templates.encode_chat(messages, "chat", tokenizer, tools=[TOOL | {"description": f"b{end}"}])
+    assert tokenizer.eos_token_id not in ids and ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids).count(end) == 3
+
+
 ANSWERS = [
     ('Well. <tool_call>\n{"name": "look_up", "arguments": {"word": "é"}}\n</tool_call>', "Well.", ['{"word": "é"}']),
     ('{"name": "look_up", "parameters": {"word": "b"}}', None, ['{"word": "b"}']),
