@@ -194,12 +194,15 @@ class SpecExtend:
         ids = encode_prompt(text, self.models.preset.template, self.models.tokenizer)
         return torch.tensor(ids, device=self.models.device)
 
-    def encode_chat(self, messages: Sequence[Message]) -> Tensor:
+    def encode_chat(self, messages: Sequence[Message], **options) -> Tensor:
         """Token ids [N] of a conversation, written as the model expects it, up to where the assistant answers.
 
         A model without a conversation template, as the bundled one, reads the contents with blank lines between them.
+
+        Args:
+            options: what else the model's own chat template reads, as `tools`.
         """
-        ids = encode_chat(messages, self.models.preset.template, self.models.tokenizer)
+        ids = encode_chat(messages, self.models.preset.template, self.models.tokenizer, **options)
         if not any(message["content"].strip() for message in messages):
             raise InputError("the messages are empty; give at least one word")
         return torch.tensor(ids, device=self.models.device)

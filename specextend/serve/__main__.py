@@ -15,7 +15,8 @@ from specextend.cli.commands import load_pair
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError
 from specextend.serve.app import create_app
-from specextend.serve.settings import Settings, check_host, read_key
+from specextend.serve.connections import server_config
+from specextend.serve.settings import Settings, check_host, hosts_of, read_key
 from specextend.serve.worker import Worker
 
 KEY_VARIABLE = "SPECEXTEND_API_KEY"
@@ -34,6 +35,11 @@ def main() -> None:
         default_max_tokens=args.default_max_tokens,
         max_body_bytes=args.max_body_bytes,
         grace_s=args.grace,
+        allowed_hosts=hosts_of(args.host, key, args.allowed_hosts),
+        allowed_origins=tuple(args.allowed_origins),
+        max_connections=args.max_connections,
+        header_timeout_s=args.header_timeout,
+        body_timeout_s=args.body_timeout,
     )
     listener = _listen(args.host, args.port)
     args.use_specextend = args.use_specextend or "method" not in args
@@ -41,8 +47,9 @@ def main() -> None:
     app = create_app(SpecExtend(models, flags.config_from(args, models), eager=args.eager), settings)
     host, port = listener.getsockname()[:2]
     print(f"{settings.model_id} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    config = uvicorn.Config(app, timeout_graceful_shutdown=5, log_level="warning", server_header=False)
-    Server(config, app.state.worker, settings.grace_s).run(sockets=[listener])
+    Server(server_config(app, settings, log_level="warning"), app.state.worker, settings.grace_s).run(
+        sockets=[listener]
+    )
 
 
 class Server(uvicorn.Server):
@@ -92,6 +99,19 @@ def parse_args() -> argparse.Namespace:
     )
     server.add_argument("--max_body_bytes", type=int, default=4 * 2**20, help="of a request; more get 413")
     server.add_argument("--grace", type=float, default=30.0, help="seconds a stop waits for the request being decoded")
+    server.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Host headers served; else, without a key, this machine's own names; * takes any",
+    )
+    server.add_argument(
+        "--allowed_origins", nargs="+", default=[], metavar="URL", help="web pages that may ask (CORS); * takes any"
+    )
+    server.add_argument("--max_connections", type=int, default=512, help="open at once; idle ones make room")
+    server.add_argument("--header_timeout", type=float, default=10.0, help="seconds for a request's header")
+    server.add_argument("--body_timeout", type=float, default=60.0, help="seconds for a request's body")
     return parser.parse_args()
 
 

@@ -1,16 +1,18 @@
-"""Middleware in front of the routes: API key, size of the body, count of requests by status."""
+"""Middleware in front of the routes: host, API key, size and time of the body, count of requests by status."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from specextend.serve.errors import ApiError
+from specextend.serve.errors import ApiError, BodyError
 from specextend.serve.metrics import CLIENT_GONE
+from specextend.serve.settings import Settings
 
 PUBLIC_PATHS = ("/health",)  # need no key
 
@@ -19,13 +21,12 @@ class AuthMiddleware:
     """Plain ASGI middleware, so that a client's disconnect reaches the application.
 
     Args:
-        api_key: clients must send it as bearer token; None: no key is needed.
         count: called with each request's status at its end.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int, count: Callable[[int], None]):
-        self._app, self._max_body_bytes, self._count = app, max_body_bytes, count
-        self._key = None if api_key is None else api_key.encode()
+    def __init__(self, app: ASGIApp, settings: Settings, count: Callable[[int], None]):
+        self._app, self._settings, self._count = app, settings, count
+        self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +55,7 @@ class AuthMiddleware:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        self._check_host(headers.get("host", ""))
         if self._key is not None and scope["path"] not in PUBLIC_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
             # compared whatever the rest looks like, in a time that tells nothing of the key
@@ -64,22 +66,47 @@ class AuthMiddleware:
                     code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
+        if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise ApiError(413, self._too_large(), code="request_too_large", headers={"Connection": "close"})
 
+    def _check_host(self, host: str) -> None:
+        """A web page may have its own name resolved to this machine; the browser then says that name here."""
+        allowed = self._settings.allowed_hosts
+        if allowed and (name := _name_of(host)) not in allowed:
+            raise ApiError(
+                400, f"the host {name!r} is not served here; the server's --allowed_hosts names those that are",
+                code="host_not_allowed",
+            )  # fmt: skip
+
     def _bounded(self, receive: Receive) -> Receive:
-        """`receive` that counts the body, which need not say its length ahead."""
-        read = 0
+        """`receive` that counts the body, which need not say its length ahead, and the seconds until it is there."""
+        loop, read, complete = asyncio.get_running_loop(), 0, False
+        deadline = loop.time() + self._settings.body_timeout_s
 
         async def bounded() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._max_body_bytes:
-                raise HTTPException(413, self._too_large(), headers={"Connection": "close"})
+            nonlocal read, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                seconds = self._settings.body_timeout_s
+                raise BodyError(408, f"the body was not there after {seconds:g} s", "request_timeout") from None
+            read, complete = read + len(message.get("body", b"")), not message.get("more_body", False)
+            if read > self._settings.max_body_bytes:
+                raise BodyError(413, self._too_large(), "request_too_large")
             return message
 
         return bounded
 
     def _too_large(self) -> str:
-        return f"the request's body is larger than the {self._max_body_bytes} bytes this server takes"
+        return f"the request's body is larger than the {self._settings.max_body_bytes} bytes this server takes"
+
+
+def _name_of(host: str) -> str:
+    """A Host header's name, without port and brackets."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return host

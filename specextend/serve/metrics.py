@@ -1,4 +1,4 @@
-"""Prometheus metrics: tokens, speed, acceptance, queue, memory, requests by status."""
+"""Prometheus metrics: tokens, speed, acceptance per round and by position, queue, memory, requests by status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from specextend.decoding.output import Generation
+from specextend.decoding.output import Generation, Round
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 SPEEDS = (1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
@@ -38,9 +38,19 @@ class Metrics:
         self.accepted = make(
             Histogram, "accepted_per_round", "Draft tokens accepted in a round", buckets=tuple(range(17))
         )
+        self.drafted = make(Counter, "drafted_tokens", "Draft tokens that the target verified")
+        self.accepted_at = make(
+            Counter, "accepted_tokens_at_position", "Draft tokens accepted, by place in their round from 0", "position"
+        )
         self.cache_bytes = make(Gauge, "cache_bytes", "Bytes of the target's key/value cache, as of the last round")
         make(Gauge, "queue_length", "Requests waiting").set_function(waiting)
         make(Gauge, "running", "Requests being decoded").set_function(running)
+
+    def add_round(self, round_: Round) -> None:
+        self.accepted.observe(round_.accepted)
+        self.drafted.inc(round_.drafted)
+        for position in range(round_.accepted):
+            self.accepted_at.labels(str(position)).inc()
 
     def finished(self, result: Generation) -> None:
         self.prompt_tokens.inc(result.prompt_tokens)

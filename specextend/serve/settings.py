@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,10 @@ class Settings:
         default_max_tokens: new tokens of a chat response where the request gives no limit.
         max_body_bytes: of a request.
         grace_s: seconds a stop waits for the request being decoded.
+        allowed_hosts: names that a request's Host header may have; none given: any.
+        allowed_origins: web pages that may ask from a browser, as "https://example.org"; "*": all.
+        max_connections: open at once, idle ones included.
+        header_timeout_s, body_timeout_s: for a request to arrive.
     """
 
     model_id: str
@@ -32,11 +37,16 @@ class Settings:
     default_max_tokens: int = 1024
     max_body_bytes: int = 4 * 2**20
     grace_s: float = 30.0
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    max_connections: int = 512
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         least = {
             "max_waiting": 1, "max_prompt_tokens": 0, "max_new_tokens": 0, "default_max_tokens": 1, "max_body_bytes": 1,
-            "grace_s": 0,
+            "grace_s": 0, "max_connections": 1, "header_timeout_s": 0.01, "body_timeout_s": 0.01,
         }  # fmt: skip
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:
@@ -52,6 +62,13 @@ def check_host(host: str, api_key: str | None) -> None:
             f"host is {host!r}, which other machines may reach, and no API key is set; give --api_key_file (or set "
             "SPECEXTEND_API_KEY), or keep --host 127.0.0.1"
         )
+
+
+def hosts_of(host: str, api_key: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names a server at `host` answers to: those given, else its own; with a key any."""
+    if given:
+        return () if "*" in given else tuple(name.lower() for name in given)
+    return () if api_key else ("localhost", "127.0.0.1", "::1", host.lower())
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,15 +6,20 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from specextend.config import SamplingConfig
 from specextend.decoding.output import Generation, Output, Round
+from specextend.decoding.scoring import TokenScore, score
 from specextend.decoding.text import TextStream
 from specextend.engine import SpecExtend
 from specextend.serve.errors import ApiError
+from specextend.serve.logprobs import Recorder
 from specextend.serve.metrics import CLIENT_GONE, Metrics
 
 
@@ -22,33 +27,68 @@ class Cancelled(Exception):
     """Raised into a generation whose client has gone."""
 
 
-@dataclass(eq=False)
-class Job:
-    """A request under way, created on the event loop that waits for it.
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One choice of a response: a prompt, how it is continued, and what is told of it.
 
     Args:
         ids: [N] prompt.
+        max_new_tokens: 0 continues nothing.
+        processors: of this task alone, since some remember what they saw.
+        echo: text that stands before the answer.
+        scored: how many alternatives are told with each token's log-probability; None: not even its own.
     """
 
     ids: Tensor
     max_new_tokens: int
     sampling: SamplingConfig
     stop: list[str]
+    processors: list[LogitsProcessor] = field(default_factory=list)
+    echo: str | None = None
+    scored: int | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of a choice, and the scores of the tokens that came with it where they are asked for."""
+
+    index: int
+    text: str
+    scores: Sequence[TokenScore] = ()
+
+
+@dataclass(frozen=True)
+class End:
+    """A choice is complete."""
+
+    index: int
+    result: Generation
+
+
+@dataclass(eq=False)
+class Job:
+    """A request under way, created on the event loop that waits for it; its tasks run one after the other.
+
+    Attributes:
+        error: why it was cancelled.
+    """
+
+    tasks: list[Task]
     arrived: float = field(default_factory=time.perf_counter)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _events: asyncio.Queue = field(default_factory=asyncio.Queue)
-    error: ApiError | None = None  # why it was cancelled
+    error: ApiError | None = None
 
-    def send(self, event: str | Generation | Exception) -> None:
-        """Pass a round's text, the result or a failure to the event loop; from any thread."""
+    def send(self, event: Piece | End | Exception | None) -> None:
+        """Pass text, a result, a failure or the end (None) to the event loop; from any thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-    async def next_event(self) -> str | Generation:
-        """The next piece of text, or the result, which is the last; raises what went wrong."""
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
+    async def events(self) -> AsyncIterator[Piece | End]:
+        """What happens, up to the end; raises what went wrong."""
+        while (event := await self._events.get()) is not None:
+            if isinstance(event, Exception):
+                raise event
+            yield event
 
 
 class Worker:
@@ -62,7 +102,7 @@ class Worker:
         self._engine, self._max_waiting = engine, max_waiting
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
-        self._stopping = False
+        self._stopping = self._failed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self.metrics = Metrics(lambda: len(self._waiting), lambda: int(self.busy))
@@ -75,6 +115,11 @@ class Worker:
     def stopping(self) -> bool:
         return self._stopping
 
+    @property
+    def failed(self) -> bool:
+        """Whether the device is lost to this process: no later request could succeed."""
+        return self._failed
+
     def start(self) -> None:
         self._thread.start()
 
@@ -86,7 +131,9 @@ class Worker:
             self._changed.notify_all()
 
     def check_queue(self) -> None:
-        """ApiError 429 where too many wait, 503 where the server is stopping."""
+        """ApiError 429 where too many wait, 503 where the server is stopping or its device has failed."""
+        if self._failed:
+            raise _device_failed()
         if self._stopping:
             raise _stopping()
         if len(self._waiting) >= self._max_waiting:
@@ -126,12 +173,14 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._take()) is not None:
+            event: Exception | None = None
             try:
-                event: Generation | Exception = self._generate(job)
+                for index, task in enumerate(job.tasks):
+                    job.send(End(index, self._run(job, index, task)))
             except Cancelled:
                 event = job.error
             except Exception as error:  # the thread must outlive any request
-                event = ApiError.of(error)
+                event = self._failure(error)
             with self._changed:
                 self._running = None
             job.send(event)
@@ -143,33 +192,70 @@ class Worker:
             self._running = self._waiting.popleft() if self._waiting else None
             return self._running
 
-    def _generate(self, job: Job) -> Generation:
+    def _failure(self, error: Exception) -> ApiError:
+        """What a request is told of an error; after one of the device nobody else is let in."""
+        told = ApiError.of(error)
+        if isinstance(error, torch.AcceleratorError) or _is_lost(self._engine.models.device):
+            with self._changed:
+                self._failed, told = True, _device_failed()
+                for waiting in list(self._waiting):
+                    self.cancel(waiting, told)
+        return told
+
+    def _run(self, job: Job, index: int, task: Task) -> Generation:
         if job.error is not None:
             raise Cancelled
+        if task.echo is not None:
+            scores = () if task.scored is None else score(self._engine.models, task.ids, task.scored)
+            job.send(Piece(index, task.echo, scores))
+        if task.max_new_tokens == 0:
+            return Generation(len(task.ids), [], "", "length", [], {})
+        result = self._generate(job, index, task)
+        self.metrics.finished(result)
+        return result
+
+    def _generate(self, job: Job, index: int, task: Task) -> Generation:
         text: TextStream | None = None
+        recorder = None if task.scored is None else Recorder(task.scored)
 
         def on_round(output: Output, round_: Round | None) -> None:
             nonlocal text
             if round_ is None:
-                text = TextStream(output.decode, job.stop)
-                self.metrics.first_token.observe(time.perf_counter() - job.arrived)
+                text = TextStream(output.decode, task.stop)
+                if index == 0:
+                    self.metrics.first_token.observe(time.perf_counter() - job.arrived)
             else:
-                self.metrics.accepted.observe(round_.accepted)
+                self.metrics.add_round(round_)
             # set here, where no cache is growing, rather than read by whoever asks for the metrics
             self.metrics.cache_bytes.set(self._engine.cache_bytes)
             self.metrics.tokens.inc(len(round_.tokens) if round_ else 1)
             if job.error is not None:
                 raise Cancelled
             piece = text.push(output.token_ids, last=output.finished)
-            if piece:
-                job.send(piece)
+            scores = recorder.take(output.token_ids) if recorder else ()
+            if piece or scores:
+                job.send(Piece(index, piece, scores))
 
-        result = self._engine.generate(
-            job.ids, job.max_new_tokens, sampling=job.sampling, stop=job.stop, on_round=on_round
-        )
-        self.metrics.finished(result)
-        return result
+        processors = [recorder, *task.processors] if recorder else task.processors
+        return self._engine.generate(
+            task.ids, task.max_new_tokens, sampling=task.sampling, stop=task.stop, processors=processors,
+            on_round=on_round,
+        )  # fmt: skip
 
 
 def _stopping() -> ApiError:
     return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "30"})
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether a GPU answers no more; an error there spoils everything that comes after."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _device_failed() -> ApiError:
+    return ApiError(503, "the server's device has failed; it must be started again", code="device_error")
