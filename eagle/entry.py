@@ -9,14 +9,15 @@ from eagle.weights import KINDS
 from eagle.widen import widened
 from specextend.cli import flags
 from specextend.errors import ConfigError
+from specextend.models.checkpoints import HUB_ID, local_directory
 from specextend.models.loading import LoadedModels
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_model_flags(parser, widen=True)
     parser.add_argument(
-        "--head", default=argparse.SUPPRESS, metavar="HEAD", help=f"EAGLE head: {', '.join(KINDS)}, or a directory or hub "
-        "id, like --draft_model (default: the one that belongs to the target, or what --draft_model holds)",
+        "--head", default=argparse.SUPPRESS, metavar="HEAD", help=f"EAGLE head: {', '.join(KINDS)}, a directory or a "
+        "hub id (default: the one that belongs to the target, or what --draft_model holds)",
     )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
             "draft with a small model (run_classic.py, eval_classic.py)"
         )
     head, draft, shape = getattr(args, "head", None), flags.draft_from(args), flags.shape_from(args)
-    if head is not None and head not in KINDS:
+    if head and head not in KINDS and (local_directory(head) or HUB_ID.fullmatch(head)):
         if draft:
             raise ConfigError(f"--head {head} and --draft_model {draft} both name a head; give one")
         head, draft = None, head

@@ -69,7 +69,7 @@ def retrieval_of(head: Head) -> RetrievalConfig:
 
 def _head_of(target: str, head: str | None) -> str:
     if head is not None and head not in KINDS:
-        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}", setting="head")
+        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}, or a directory", setting="head")
     known = {kind: where for (name, kind), where in HEADS.items() if name == target}
     if not known:
         raise ModelError(

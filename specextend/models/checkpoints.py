@@ -200,7 +200,8 @@ def load_causal_lm(
         if not is_gguf:
             _check_stored_dtypes(directory)
         with quiet_transformers():
-            model, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_gguf else AutoModelForCausalLM
+            model, report = loader.from_pretrained(
                 None if is_gguf else directory,
                 config=config,
                 **stored,

@@ -139,7 +139,7 @@ def _draft_id(preset: Preset, draft: str | None) -> str:
     if draft is None and preset.draft is None:
         raise ModelError(
             f"{preset.name} has no small draft model of its own; name one with its vocabulary"
-            + (", e.g. meta-llama/Llama-3.2-1B-Instruct" if preset.name in PRESETS else ""),
+            + (", e.g. meta-llama/Llama-3.2-1B-Instruct" if "llama" in preset.name and preset.name in PRESETS else ""),
             setting="draft_model",
         )
     return draft or preset.draft

@@ -456,7 +456,7 @@ def test_a_pickle_that_would_run_code_is_refused(target_of, tmp_path):
     ("flags", "message"),
     [
         (["--model_name", "vicuna_7b", "--head", "eagle3"], "no eagle3 head of vicuna_7b is known, only eagle1"),
-        (["--head", "eagle2"], "invalid choice"),
+        (["--head", "eagle2"], "'eagle2' is unknown"),
         (["--draft_model", "nowhere"], "does not exist"),
     ],
 )

@@ -80,10 +80,7 @@ class GgufFile:
         raw = np.frombuffer(self._data, np.uint8, stored.bytes, stored.start)
         rows = raw.reshape(*stored.shape[:-1], -1)
         try:
-            if stored.type.name == "F32":
-                values = rows.view(np.float32)
-            else:
-                values = self._kinds.dequantize(rows, stored.type)
+            values = rows.view(np.float32) if stored.type.name == "F32" else self._kinds.dequantize(rows, stored.type)
         except NotImplementedError as error:
             raise ModelError(
                 f"{self.path}: {name} is packed as {stored.type.name}, which the package gguf does not unpack; give a "
@@ -93,7 +90,9 @@ class GgufFile:
 
     def _read_header(self) -> None:
         if self._take(4) != MAGIC:
-            raise ModelError(f"{self.path} is no GGUF file (it does not begin with {MAGIC.decode()}); download it again")
+            raise ModelError(
+                f"{self.path} is no GGUF file (it does not begin with {MAGIC.decode()}); download it again"
+            )
         version = self._scalar("I")
         if version not in VERSIONS:
             raise ModelError(f"{self.path} is of GGUF version {version}; versions {VERSIONS} of little endian are read")
