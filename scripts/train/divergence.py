@@ -17,7 +17,7 @@ CHUNK_BYTES = 400_000_000  # of one chunk's logits in float32
 
 def divergence(
     hidden: Tensor, weight: Tensor, nexts: Tensor, readout: Tensor, target_ids: Tensor | None, scale: Tensor,
-    temperature: float, one_chunk: Callable | None = None,
+    temperature: float, one_chunk: Callable[..., tuple[Tensor, Tensor]],
 ) -> Tensor:  # fmt: skip
     """Sum over pairs of `scale` times sum_v p(v) (log p(v) - log q(v)), v over the tokens the head knows.
 
@@ -28,9 +28,7 @@ def divergence(
         scale: [n] weights of the pairs.
         one_chunk: `chunk_divergence`, compiled perhaps.
     """
-    return _Divergence.apply(
-        hidden, weight, nexts, readout, target_ids, scale, temperature, one_chunk or chunk_divergence
-    )
+    return _Divergence.apply(hidden, weight, nexts, readout, target_ids, scale, temperature, one_chunk)
 
 
 class _Divergence(torch.autograd.Function):

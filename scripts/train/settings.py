@@ -17,8 +17,9 @@ LEAD = 24  # pairs before an answer that count in a head's loss, too
 
 # Two runs that differ in one of these cannot share an output folder: stages would not fit together.
 IDENTITY = (
-    "target", "seed", "vocab_size", "max_characters", "validation_tokens", "target_hidden", "target_layers", "target_heads",
-    "target_ffn", "draft_hidden", "draft_layers", "draft_heads", "draft_ffn", "long_context", "draft_context",
+    "target", "seed", "vocab_size", "max_characters", "validation_tokens", "target_hidden", "target_layers",
+    "target_heads", "target_ffn", "draft_hidden", "draft_layers", "draft_heads", "draft_ffn", "long_context",
+    "draft_context",
 )  # fmt: skip
 
 

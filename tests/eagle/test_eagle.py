@@ -498,9 +498,8 @@ def test_training_time_test_is_the_chain_that_drafting_makes(kind, starts, load,
 
 
 def test_chains_begin_at_every_offset_and_end_within_the_row(training_heads):
-    tokens = torch.zeros(2, 30, dtype=torch.long)
-    assert training_heads.chain_starts(tokens, 5, 1).tolist() == list(range(25))  # pair 24 + 4 is the last of 29
-    seen = {tuple(training_heads.chain_starts(tokens, 5, 4).tolist()) for _ in range(200)}
+    assert training_heads.chain_starts(29, 5, 1).tolist() == list(range(25))  # pair 24 + 4 is the last of 29
+    seen = {tuple(training_heads.chain_starts(29, 5, 4).tolist()) for _ in range(200)}
     assert seen == {tuple(range(offset, offset + 24, 4)) for offset in range(4)}
 
 
@@ -534,5 +533,5 @@ def test_loss_of_a_head_is_the_weighted_sum_over_its_steps(kind, load, hf_twin, 
         chains = [[*pairs, (int(ids[len(pairs) + 1]), reference.output(pairs))] for pairs in chains]
         total = total + weight * torch.stack([distance(pairs) for pairs in chains]).mean()
     settings = Settings(eagle_steps=3, eagle_stride=1, teacher_temperature=0.8)
-    loss = training_heads.head_objective(head, model, settings)(ids[None])
+    loss = training_heads.head_objective({kind: head}, model, settings, pairs=7)(ids[None], torch.tensor(0))
     torch.testing.assert_close(loss, total, atol=1e-3, rtol=1e-3)
