@@ -47,8 +47,8 @@ TINY = {
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
     "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
-    "draft_seconds": 0.7, "generation_answer": 64, "eagle_budget": 70, "eagle_batch": 4, "eagle_vocab": 200,
-    "eagle_layers": "0,1,2", "eagle_steps": 3, "eagle_validations": 2, "warmup_steps": 5,
+    "draft_seconds": 0.7, "generation_answer": 64, "eagle_budget": 150, "eagle_lr": 3e-3, "eagle_batch": 4,
+    "eagle_vocab": 200, "eagle_layers": "0,1,2", "eagle_steps": 3, "eagle_validations": 2, "warmup_steps": 5,
     "uncounted_steps": 2, "log_steps": 5, "validations": 2, "checkpoint_seconds": 0.5,
     "step_seconds": 0.01, "measure_windows": 2, "measure_prompts": 3,
 }  # fmt: skip
