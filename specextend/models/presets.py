@@ -113,8 +113,9 @@ def find_target(preset: Preset, *, weights: bool = True) -> tuple[Path, str]:
 
 
 def public_id(model_id: str) -> str:
-    """A model's name for records: the bundled ones are "bundled/target" and so on, however their folder was given."""
+    """A model's name for records: those that ship are "bundled/target" and so on, however their folder was given."""
     if local_directory(model_id) is None:
         return model_id
     path = Path(model_id).expanduser().resolve()
-    return path.relative_to(BUNDLED_DIR.parent).as_posix() if path.is_relative_to(BUNDLED_DIR) else model_id
+    ships = any(path.is_relative_to(folder) for folder in (BUNDLED_DIR, HEADS_DIR))
+    return path.relative_to(BUNDLED_DIR.parent).as_posix() if ships else model_id

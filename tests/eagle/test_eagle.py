@@ -5,11 +5,13 @@ The references work on raw tensors under the checkpoints' own key names, one pai
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from eagle import weights as weights_module
 from eagle.drafter import EagleDrafter
+from eagle.entry import load_pair
+from eagle.models import retrieval_of
 from eagle.weights import load_head, save_head
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
-from specextend.errors import ModelError
+from specextend.errors import ConfigError, ModelError
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
 
@@ -465,6 +469,21 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(flags, message):
         [sys.executable, str(ROOT / "run_eagle.py"), *flags], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("positions, chunks", [(1024, 32), (2048, 64), (32768, 64), (16, 1)])
+def test_the_working_cache_is_no_larger_than_what_a_head_has_seen(positions, chunks):
+    head = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    assert retrieval_of(head) == RetrievalConfig(32, chunks, 8)
+
+
+def test_a_folder_may_be_given_as_head_but_not_twice():
+    folder = str(ROOT / "specextend" / "models" / "bundled" / "eagle1")
+    arguments = {"model_name": "bundled", "dtype": "auto", "device": "cpu"}
+    loaded = load_pair(argparse.Namespace(**arguments, head=folder))
+    assert loaded.draft_id == "bundled/eagle1" and loaded.preset.retrieval.top_k == 32
+    with pytest.raises(ConfigError, match="both name a head"):
+        load_pair(argparse.Namespace(**arguments, head=folder, draft_model=folder))
 
 
 # ---- training

