@@ -244,6 +244,7 @@ def write_answers(run: Run) -> None:
         seed=settings.seed + 4,
     )  # fmt: skip
     written.save(run.layout.answers)
+    torch.cuda.empty_cache()
     lengths, counts = np.unique(written.prompts, return_counts=True)
     some = range(min(2000, len(written.rows)))
     loops = {

@@ -139,8 +139,11 @@ def hold_out(documents: list[str], settings: Settings) -> tuple[list[str], list[
             if (size >= long) == wants_long and size <= 8 * long:
                 held.append(index)
                 used += size
-    if len(held) == len(documents):
-        raise TrainingError("the whole corpus would be held out; give more text or lower --validation_tokens")
+    if len(held) in (0, len(documents)):
+        raise TrainingError(
+            f"of {len(documents)} documents {len(held)} would be held out; give more of them (in one file, a line "
+            f"{SEPARATOR} separates them), or change --validation_tokens"
+        )
     chosen = set(held)
     return [d for i, d in enumerate(documents) if i not in chosen], [documents[i] for i in held]
 

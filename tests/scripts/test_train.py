@@ -146,7 +146,7 @@ def test_heads_of_any_target_are_trained_in_several_calls_and_draft_losslessly(
     model_type: str, corpus: Path, tokenizer, tmp_path: Path
 ) -> None:
     target, out = small_target(tmp_path / "target", tokenizer, model_type), tmp_path / "heads"
-    arguments = ("--corpus", corpus, "--out", out, "--target", target)
+    arguments = ("--corpus", corpus, "--out", out, "--target", target, "--eagle_budget", 40)
     first = run_script(*arguments, "--call_seconds", 0.01, "--eagle_layers", "", "--eagle_vocab", 0)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "paused" in first.stdout and json.loads(first.stdout.splitlines()[-1])["finished"] == [
