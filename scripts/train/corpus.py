@@ -62,7 +62,7 @@ class Encoded:
             raise TrainingError(f"no document has {length} tokens; give longer texts or smaller contexts")
         chosen = rng.choice(len(sizes), size=count, p=weights / weights.sum())
         starts = self.starts[chosen] + (rng.random(count) * (sizes[chosen] - length + 1)).astype(np.int64)
-        return np.stack([self.stream[start : start + length] for start in starts]).astype(np.int64)
+        return np.array([self.stream[start : start + length] for start in starts], np.int64).reshape(count, length)
 
 
 def read_documents(paths: list[Path], max_characters: int) -> list[str]:

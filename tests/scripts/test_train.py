@@ -211,6 +211,7 @@ def test_prompts_frame_an_excerpt_of_one_document(tokenizer, tmp_path: Path) -> 
             excerpt = max(np.split(row, np.flatnonzero(np.diff(row) != 1) + 1), key=len)
             assert len(excerpt) >= 16 and (excerpt[0] < 400) == (excerpt[-1] < 400)
             assert template or len(excerpt) >= 199  # <s> stands before it
+    assert corpus.draw(np.random.default_rng(0), 0, 50).shape == (0, 50)
     with pytest.raises(TrainingError, match="leave no room"):
         Prompts(corpus, chat, "chat", seed=0)(2, 16)
 
