@@ -22,6 +22,7 @@ from specextend.errors import ModelError
 from specextend.methods import METHODS
 from specextend.models import gguf as ours
 from specextend.models import presets
+from specextend.models.gguf.file import GgufFile
 from specextend.models.gguf.model import INNER, OUTER, llama3_factors
 from specextend.models.loading import load_models, load_tokenizer
 from specextend.models.presets import PRESETS, Wheel, find_preset, find_target
@@ -241,6 +242,32 @@ def test_a_file_cut_anywhere_is_one_line(small, tmp_path):
         cut = tmp_path / "cut.gguf"
         cut.write_bytes(content[:end])
         assert "download it again" in refusal(cut)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("llama.embedding_length", "wide"),
+        ("llama.attention.head_count", 3),
+        ("llama.rope.scaling.type", 7),
+        ("tokenizer.ggml.tokens", 5),
+        ("tokenizer.ggml.merges", [1, 2]),
+        ("tokenizer.ggml.merges", ["no-such merge"]),
+        ("tokenizer.ggml.token_type", [1]),
+        ("tokenizer.ggml.pre", "unheard-of"),
+        ("tokenizer.ggml.model", "bert"),
+        ("llama.rope.dimension_count", 8),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_line(key, value, small, monkeypatch):
+    whole = GgufFile._read_header
+
+    def damaged(self):
+        whole(self)
+        self.metadata[key] = value
+
+    monkeypatch.setattr(GgufFile, "_read_header", damaged)
+    assert refusal(small)
 
 
 def test_a_damaged_header_is_one_line_or_still_the_model(small, tmp_path):

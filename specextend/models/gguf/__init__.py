@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -30,16 +33,27 @@ def existing(name: str) -> Path:
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    return model.read_config(GgufFile(path))
+    with _one_line(path):
+        return model.read_config(GgufFile(path))
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    return tokenizer.read_tokenizer(GgufFile(path))
+    with _one_line(path):
+        return tokenizer.read_tokenizer(GgufFile(path))
 
 
 def read_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """All weights, unpacked, under transformers' names."""
     return dict(model.read_weights(GgufFile(path), config, dtype))
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """What a damaged file makes of its values' types and sizes is our error, too."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, StrictDataclassError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); download it again") from error
 
 
 def read_generation_config(path: Path) -> GenerationConfig:

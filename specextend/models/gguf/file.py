@@ -66,7 +66,7 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         try:
             self._read_header()
-        except (KeyError, OverflowError, UnicodeDecodeError, ValueError) as error:
+        except (KeyError, OverflowError, RecursionError, UnicodeDecodeError, ValueError) as error:
             raise self._broken(f"its header is damaged near byte {self._at:,}") from error
 
     def __getitem__(self, key: str) -> Any:
