@@ -9,14 +9,15 @@ from eagle.weights import KINDS
 from eagle.widen import widened
 from specextend.cli import flags
 from specextend.errors import ConfigError
+from specextend.models.checkpoints import HUB_ID, local_directory
 from specextend.models.loading import LoadedModels
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     flags.add_model_flags(parser, widen=True)
     parser.add_argument(
-        "--head", choices=KINDS, default=argparse.SUPPRESS, help="kind of EAGLE head (default: the one that belongs to "
-        "the target, or what --draft_model holds)",
+        "--head", default=argparse.SUPPRESS, metavar="HEAD", help=f"EAGLE head: {', '.join(KINDS)}, a directory or a "
+        "hub id (default: the one that belongs to the target, or what --draft_model holds)",
     )  # fmt: skip
 
 
@@ -27,9 +28,12 @@ def load_pair(args: argparse.Namespace) -> LoadedModels:
             "an EAGLE head reads the target's embedding and readout, which --tensor_parallel spreads over devices; "
             "draft with a small model (run_classic.py, eval_classic.py)"
         )
-    head, shape = getattr(args, "head", None), flags.shape_from(args)
+    head, draft, shape = getattr(args, "head", None), flags.draft_from(args), flags.shape_from(args)
+    if head and head not in KINDS and (local_directory(head) or HUB_ID.fullmatch(head)):
+        if draft:
+            raise ConfigError(f"--head {head} and --draft_model {draft} both name a head; give one")
+        head, draft = None, head
     models = load_models(
-        args.model_name, head=head, draft=flags.draft_from(args), dtype="float32" if shape else args.dtype,
-        device=args.device,
+        args.model_name, head=head, draft=draft, dtype="float32" if shape else args.dtype, device=args.device,
     )  # fmt: skip
     return widened(models, shape, dtype=args.dtype) if shape else models

@@ -6,20 +6,22 @@ from dataclasses import replace
 from functools import partial
 
 from eagle.drafter import EagleDrafter
+from eagle.heads import Head
 from eagle.weights import KINDS, load_head
 from specextend.config import RetrievalConfig, TreeConfig
 from specextend.errors import ModelError
 from specextend.models import loading, presets
-from specextend.models.checkpoints import find_checkpoint
+from specextend.models.checkpoints import HUB_ID, find_checkpoint, local_directory
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
-BUNDLED_RETRIEVAL = RetrievalConfig(top_k=32, every_n_steps=8)  # those heads have seen no more than 1,024 tokens
 CPU_TREE = TreeConfig(12, 8, 0.35, 0.06)
 
 # (target preset, kind) -> the head's hub id or directory; the first of a target is its default
 HEADS = {
     ("bundled", "eagle3"): str(presets.BUNDLED_DIR / "eagle3"),
     ("bundled", "eagle1"): str(presets.BUNDLED_DIR / "eagle1"),
+    ("smollm2", "eagle3"): str(presets.HEADS_DIR / "smollm2" / "eagle3"),
+    ("smollm2", "eagle1"): str(presets.HEADS_DIR / "smollm2" / "eagle1"),
     ("vicuna_7b", "eagle1"): "jycha-98/EAGLE-vicuna-7b-v1.5-16k",
     ("longchat_7b", "eagle1"): "jycha-98/EAGLE-longchat-7b-16k",
     ("llama31_8b", "eagle3"): "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B",
@@ -45,22 +47,29 @@ def load_models(
     draft_id = draft or _head_of(presets.find_preset(name_or_path).name, head)
     directory = find_checkpoint(draft_id)
     loaded = loading.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
+    loaded_head = load_head(directory, loaded.target, head)
     return replace(
         loaded,
         preset=replace(
             loaded.preset,
             cpu_tree=loaded.preset.cpu_tree and CPU_TREE,
-            retrieval=BUNDLED_RETRIEVAL if loaded.name == "bundled" else RETRIEVAL,
+            retrieval=retrieval_of(loaded_head),
         ),
-        draft=load_head(directory, loaded.target, head),
+        draft=loaded_head,
         drafter=partial(EagleDrafter, target=loaded.target),
         draft_id=presets.public_id(draft_id),
     )
 
 
+def retrieval_of(head: Head) -> RetrievalConfig:
+    """The paper's, but no more tokens in the working cache than the head has seen in training."""
+    seen = head.config.max_position_embeddings // RETRIEVAL.chunk_size
+    return replace(RETRIEVAL, top_k=max(1, min(RETRIEVAL.top_k, seen)))
+
+
 def _head_of(target: str, head: str | None) -> str:
     if head is not None and head not in KINDS:
-        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}", setting="head")
+        raise ModelError(f"head {head!r} is unknown; choose one of {', '.join(KINDS)}, or a directory", setting="head")
     known = {kind: where for (name, kind), where in HEADS.items() if name == target}
     if not known:
         raise ModelError(
@@ -71,4 +80,10 @@ def _head_of(target: str, head: str | None) -> str:
             f"no {head} head of {target} is known, only {', '.join(known)}; give one, a directory or a hub id",
             setting="draft_model",
         )
-    return known[head or next(iter(known))]
+    where = known[head or next(iter(known))]
+    if HUB_ID.fullmatch(where) is None and local_directory(where) is None:
+        raise ModelError(
+            f"the heads of {target} are not in {where}; train them (docs/train_a_head.md) or give one",
+            setting="draft_model",
+        )
+    return where

@@ -1,1 +1,1 @@
-"""Training of the bundled models: `python -m scripts.train`."""
+"""Training of the bundled models, and of EAGLE heads for any target: `python -m scripts.train`."""

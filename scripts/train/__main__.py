@@ -1,7 +1,8 @@
-"""Train what is bundled: tokenizer, long-context target, short-context draft, EAGLE heads; measure; write a model card.
+"""Train the bundled models, or EAGLE heads for any target of the Llama family; measure; write a model card.
 
-    python -m scripts.train --corpus DIR_OR_FILES --out DIR      # or --hub: PG-19 and GovReport train splits
-    python -m scripts.train --what eagle1 eagle3 --corpus DIR_OR_FILES --out DIR    # heads of the target in DIR
+    python -m scripts.train --target MODEL --what both --corpus DIR_OR_FILES --out DIR     # docs/train_a_head.md
+    python -m scripts.train --corpus DIR_OR_FILES --out DIR      # the bundled pair; --hub: PG-19 and GovReport
+    python -m scripts.train --what both --corpus DIR_OR_FILES --out DIR    # heads of the pair's target in DIR
 
 Stages whose output exists are skipped, and an interrupted training goes on from its last checkpoint (DIR/work).
 `--smoke` runs every stage with real shapes for a few seconds. The last line printed is a JSON summary.
@@ -13,7 +14,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -26,17 +26,39 @@ from transformers.utils import logging as transformers_logging
 
 from eagle.weights import save_head
 from scripts.train import measure
-from scripts.train.card import write_card
-from scripts.train.corpus import Encoded, encode, hold_out, read_documents, read_hub, source_table, train_tokenizer
+from scripts.train.card import write_card, write_head_card
+from scripts.train.corpus import (
+    BOS_ID,
+    EOS_ID,
+    Encoded,
+    encode,
+    hold_out,
+    read_documents,
+    read_hub,
+    source_table,
+    train_tokenizer,
+)
 from scripts.train.facts import make_facts
-from scripts.train.generation import write_rows
-from scripts.train.heads import frequent_tokens, head_agreement, head_objective, new_head
-from scripts.train.models import CACHED, draft_config, load_model, new_model, save_model, target_config
+from scripts.train.generation import Written, ends_in_loop, write_rows
+from scripts.train.heads import draft_vocabulary, feature_layers, head_agreement, head_objective, new_head
+from scripts.train.models import (
+    CACHED,
+    CAUSAL,
+    draft_config,
+    load_any_target,
+    load_model,
+    new_model,
+    save_model,
+    target_config,
+)
 from scripts.train.objectives import draft_objective, target_objective, validation_agreement, validation_loss
+from scripts.train.prompts import Prompts
 from scripts.train.record import Record, environment
 from scripts.train.rows import REPETITIVE, Mix, RowSource
-from scripts.train.settings import STAGES, Layout, Settings, TrainingError
-from scripts.train.trainer import Phase, Task, Trainer, log, multiplies_bfloat16
+from scripts.train.settings import LEAD, STAGES, Layout, Settings, TrainingError
+from scripts.train.trainer import Paused, Phase, Task, Trainer, log, multiplies_bfloat16
+from specextend.errors import SpecExtendError
+from specextend.models.loading import LoadedModels, load_tokenizer
 
 VALIDATION_TOKENS_PER_CHECK = 131_072
 PROMPT_TOKENS, LOOP_TOKENS = 1024, 256  # of the test for loops
@@ -52,6 +74,7 @@ class Run:
         self.layout.work.mkdir(parents=True, exist_ok=True)
         self.record = Record(self.layout.record)
         self.record.begin(self.settings)
+        self.heads = [kind for kind in HEADS if {kind, "both"} & set(args.what)]
 
     def data(self, split: str) -> Encoded:
         path = self.layout.work / f"{split}.npz"
@@ -62,12 +85,22 @@ class Run:
     def is_finished(self, stage: str) -> bool:
         """The record travels with the weights, the encoded corpus does not."""
         encoded = all((self.layout.work / f"{split}.npz").exists() for split in ("train", "validation"))
-        return self.record.is_finished(stage) and (stage != "tokenizer" or encoded)
+        if stage == "heads":
+            return all(map(self.record.is_finished, self.heads))
+        there = {"tokenizer": encoded, "answers": self.layout.answers.exists()}
+        return self.record.is_finished(stage) and there.get(stage, True)
 
     def folder_of(self, model: str) -> Path:
         if not self.record.is_finished(model):
             raise TrainingError(f"the {model} is not trained yet; run the stage `{model}` first")
         return getattr(self.layout, model)
+
+    def target_name(self) -> str:
+        """The target whose heads are trained, as loaders know it."""
+        return self.settings.target or str(self.folder_of("target"))
+
+    def load_target(self, *, attention: str) -> LoadedModels:
+        return load_any_target(self.target_name(), self.device, attention=attention)
 
     def rows(self, seed: int, mix: Mix) -> RowSource:
         """Rows of the training stream with everything planted."""
@@ -101,10 +134,16 @@ def main() -> None:
                 continue
             log(f"{stage}: begins")
             STAGE_FUNCTIONS[stage](run)
-            run.record.update(stage, finished=True, environment=environment(run.device, sys.argv))
+            for section in run.heads if stage == "heads" else [stage]:
+                run.record.update(section, finished=True, environment=environment(run.device, sys.argv))
+            for kind in run.heads if stage == "heads" and args.target else []:
+                card = write_head_card(kind, run.record.sections)
+                (getattr(run.layout, kind) / "README.md").write_text(card, encoding="utf-8")
             if run.record.is_finished("measure"):
                 (run.layout.out / "README.md").write_text(write_card(run.record.sections), encoding="utf-8")
-    except TrainingError as error:
+    except Paused as paused:
+        log(paused)
+    except (TrainingError, SpecExtendError) as error:
         print(f"scripts.train: {error}", file=sys.stderr)
         sys.exit(2)
     print(json.dumps(summary(run)), flush=True)
@@ -118,16 +157,20 @@ def prepare_tokens(run: Run) -> None:
     documents = read_hub(settings.max_characters) if args.hub else read_documents(args.corpus, settings.max_characters)
     characters = sum(map(len, documents))
     log(f"{len(documents)} documents, {characters / 1e6:.1f}M characters")
+    if settings.target:  # of little text little is held out
+        few = int(0.03 * characters / 4)
+        settings = dataclasses.replace(settings, validation_tokens=min(settings.validation_tokens, few))
     train, validation = hold_out(documents, settings)
-    trained = run.record.is_finished("target")  # then its tokenizer is given
-    tokenizer = AutoTokenizer.from_pretrained(run.layout.target) if trained else train_tokenizer(train, settings)
-    if len(tokenizer) != settings.vocab_size:
+    given = settings.target or run.record.is_finished("target")  # the target, and its tokenizer with it
+    tokenizer = load_tokenizer(run.target_name()) if given else train_tokenizer(train, settings)
+    if not given and len(tokenizer) != settings.vocab_size:
         raise TrainingError(f"the corpus yields only {len(tokenizer)} tokens; lower --vocab_size")
     tokenizer.save_pretrained(run.layout.tokenizer)
-    log("tokenizer " + ("taken from the target" if trained else "trained"))
+    log("tokenizer " + ("taken from the target" if given else "trained"))
+    edges = ([], []) if settings.target else ([BOS_ID], [EOS_ID])
     encoded = {
-        "train": encode(train, tokenizer.backend_tokenizer),
-        "validation": encode(validation, tokenizer.backend_tokenizer),
+        "train": encode(train, tokenizer.backend_tokenizer, edges),
+        "validation": encode(validation, tokenizer.backend_tokenizer, edges),
     }
     for split, tokens in encoded.items():
         tokens.save(run.layout.work / f"{split}.npz")
@@ -190,23 +233,120 @@ def train_draft(run: Run) -> None:
     train(run, "draft", draft, task, phases, settings.draft_seconds)
 
 
-def train_head(kind: str, run: Run) -> None:
-    """Stages `eagle1`, `eagle3`: a head of the finished target, half on the corpus, half on what the target writes."""
-    settings = run.settings
-    written = target_text(run)
-    target = load_model(run.folder_of("target"), run.device)
-    vocabulary = frequent_tokens([run.data("train").stream, written], settings.eagle_vocab, settings.vocab_size)
-    head = new_head(kind, target, settings, vocabulary)
-    run.record.update(kind, written_rows=len(written), draft_vocabulary=len(vocabulary) if kind == "eagle3" else None)
-    windows = run.windows(settings.draft_context)
+def write_answers(run: Run) -> None:
+    """Stage `answers`: the target answers prompts made of the corpus, greedily and sampled."""
+    settings, loaded = run.settings, run.load_target(attention=CACHED)
+    template = loaded.preset.template
+    written = write_rows(
+        loaded.target, Prompts(run.data("train"), loaded.tokenizer, template, settings.seed + 3),
+        lengths=settings.prompt_lengths, rows=settings.generation_rows, context=settings.draft_context,
+        answer=settings.generation_answer, stops=loaded.eos_token_ids, seconds=settings.generation_seconds,
+        seed=settings.seed + 4,
+    )  # fmt: skip
+    written.save(run.layout.answers)
+    torch.cuda.empty_cache()
+    lengths, counts = np.unique(written.prompts, return_counts=True)
+    some = range(min(2000, len(written.rows)))
+    loops = {
+        name: [ends_in_loop(answer_of(written, i)) for i in some if written.greedy[i] == greedy]
+        for name, greedy in (("greedy", True), ("sampled", False))
+    }
+    run.record.update(
+        "answers",
+        target=loaded.target_id,
+        template=template,
+        rows=len(written.rows),
+        rows_by_prompt=dict(zip(map(str, lengths.tolist()), counts.tolist(), strict=True)),
+        tokens=int(written.answers.sum()),
+        answer_quantiles={str(q): float(np.quantile(written.answers, q)) for q in (0.1, 0.5, 0.9)},
+        ended=float(np.mean(written.answers < settings.generation_answer)),
+        loops={name: float(np.mean(found)) for name, found in loops.items() if found},
+        samples=[loaded.tokenizer.decode(answer_of(written, i)[:200]) for i in some[:6]],
+    )
+
+
+def answer_of(written: Written, index: int) -> np.ndarray:
+    begin = written.prompts[index]
+    return written.rows[index, begin : begin + written.answers[index]]
+
+
+def train_heads(run: Run) -> None:
+    """Stage `heads`: those asked for that are not there yet, all on one pass of the target."""
+    settings = run.settings.of_heads()
+    written, corpus = Written.load(run.layout.answers), run.data("train")
+    target = run.load_target(attention=CAUSAL).target
+    answers = np.concatenate([answer_of(written, index) for index in range(len(written.rows))])
+    vocabulary, covered = draft_vocabulary(answers, settings.eagle_vocab, target.config.vocab_size)
+    kinds = [kind for kind in run.heads if not run.record.is_finished(kind)]
+    heads = nn.ModuleDict({kind: new_head(kind, target, settings, vocabulary) for kind in kinds})
+    for kind, head in heads.items():
+        own = {"draft_vocabulary": len(vocabulary), "covered": covered, "layers": feature_layers(target, settings)}
+        trained = sum(weight.numel() for weight in head.parameters() if weight.requires_grad)
+        run.record.update(kind, parameters=trained, written_rows=len(written.rows), **(own if kind == "eagle3" else {}))
+
+    held, groups = by_prompt_length(written)
+    windows = {
+        "": (run.to_device(held[1].astype(np.int64)), held[0] - 1 - LEAD),
+        "corpus_": (run.windows(settings.draft_context)[: len(held[1])], held[0] - 1 - LEAD),
+    }
+
+    def validate(phase: Phase) -> dict[str, float]:
+        figures = {}
+        for prefix, (rows, first) in windows.items():
+            found = head_agreement(heads, target, rows, first, settings.pairs, settings.eagle_steps)
+            figures |= {f"{kind}/{prefix}{name}": value for kind in found for name, value in found[kind].items()}
+        return figures
+
     task = Task(
-        draw=mixed_rows(run, written, settings.seed + 6),
-        loss=run.compiled(head_objective(head, target, settings)),
-        validate=lambda phase: head_agreement(head, target, windows, settings.eagle_steps),
-        save=lambda: save_head(head, getattr(run.layout, kind)),
+        draw=answers_and_corpus(run, groups, corpus, settings),
+        loss=head_objective(heads, target, settings, settings.pairs, run.compiled),
+        validate=validate,
+        save=lambda: [save_head(head, getattr(run.layout, kind)) for kind, head in heads.items()],
     )
     phases = [Phase("distil", 1.0, settings.eagle_batch, settings.draft_context)]
-    train(run, kind, head, task, phases, getattr(settings, f"{kind}_seconds"))
+    training = fit(run, "heads", heads, task, phases, settings.eagle_seconds, settings)
+    for kind in heads:
+        run.record.update(kind, training=training | {"validation": figures_of(kind, training["validation"])})
+
+
+def by_prompt_length(written: Written) -> tuple[tuple[int, np.ndarray], dict[int, np.ndarray]]:
+    """(prompt length, rows) held out of the longest prompts, and all other rows by prompt length."""
+    groups = {int(length): written.rows[written.prompts == length] for length in np.unique(written.prompts)}
+    longest = max(groups)
+    spare = max(1, min(48, len(groups[longest]) // 8))
+    held, groups[longest] = groups[longest][:spare], groups[longest][spare:]
+    return (longest, held), {length: rows for length, rows in groups.items() if len(rows)}
+
+
+def answers_and_corpus(
+    run: Run, groups: dict[int, np.ndarray], corpus: Encoded, settings: Settings
+) -> Callable[[Phase], tuple[Tensor, Tensor]]:
+    """Batches of rows behind prompts of one length and rows of the corpus; with the pair their loss begins at."""
+    rng = np.random.default_rng(settings.seed + 6)
+    lengths = list(groups)
+    shares = np.array([len(rows) for rows in groups.values()], float)
+
+    def draw(phase: Phase) -> tuple[Tensor, Tensor]:
+        length = lengths[rng.choice(len(lengths), p=shares / shares.sum())]
+        own = round(phase.batch * settings.eagle_own)
+        answered = groups[length][rng.integers(0, len(groups[length]), size=own)].astype(np.int64)
+        natural = corpus.draw(rng, phase.batch - own, phase.context)
+        rows = np.concatenate([answered, natural])
+        return run.to_device(rows), torch.tensor(length - 1 - LEAD, device=run.device)
+
+    return draw
+
+
+def figures_of(kind: str, validations: list[dict]) -> list[dict]:
+    """Of the validations of several heads, one head's, as those of a training of its own."""
+    return [
+        {
+            name.removeprefix(f"{kind}/"): value
+            for name, value in one.items()
+            if name.startswith(f"{kind}/") or "/" not in name
+        }
+        for one in validations
+    ]
 
 
 def mixed_rows(run: Run, written: np.ndarray, seed: int) -> Callable[[Phase], tuple[Tensor]]:
@@ -223,15 +363,18 @@ def mixed_rows(run: Run, written: np.ndarray, seed: int) -> Callable[[Phase], tu
 
 
 def target_text(run: Run) -> np.ndarray:
-    """Rows [n, draft_context] uint16 that the target wrote, made once."""
+    """Rows [n, draft_context] uint16 in which the target goes on with text of the corpus, made once."""
     path, settings = run.layout.work / "written.npy", run.settings
     if not path.exists():
         writer = load_model(run.folder_of("target"), run.device, attention=CACHED, dtype=serving_dtype(run.device))
+        corpus, rng = run.data("train"), np.random.default_rng(settings.seed + 4)
         written = write_rows(
-            writer, run.data("train").stream, rows=settings.generation_rows, prompt=settings.generation_prompt,
-            length=settings.draft_context, seconds=settings.generation_seconds, seed=settings.seed + 4,
+            writer, lambda count, length: corpus.draw(rng, count, length), lengths=[settings.generation_prompt],
+            rows=settings.generation_rows, context=settings.draft_context,
+            answer=settings.draft_context - settings.generation_prompt, stops=(), seconds=settings.generation_seconds,
+            seed=settings.seed + 4,
         )  # fmt: skip
-        np.save(path, written)
+        np.save(path, written.rows)
         del writer
         torch.cuda.empty_cache()
     return np.load(path)
@@ -270,17 +413,25 @@ def measure_pair(run: Run) -> None:
 
 
 def train(run: Run, name: str, model: nn.Module, task: Task, phases: list[Phase], seconds: float) -> None:
-    """Train a model and record it; its checkpoint is of no use afterwards."""
-    trainer = Trainer(name, model, task, seconds, run.settings, run.layout.work / f"{name}.pt")
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """Train a model and record it."""
     parameters = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     run.record.update(name, parameters=parameters)
     log(f"{name}: {parameters / 1e6:.2f}M parameters")
-    run.record.update(name, training=trainer.fit(phases))
+    run.record.update(name, training=fit(run, name, model, task, phases, seconds, run.settings))
     if run.device.type == "cuda":
         run.record.update(name, peak_bytes=torch.cuda.max_memory_allocated())
+
+
+def fit(
+    run: Run, name: str, model: nn.Module, task: Task, phases: list[Phase], seconds: float, settings: Settings
+) -> dict:
+    """The record of a training; its checkpoint is of no use afterwards."""
+    trainer = Trainer(name, model, task, seconds, settings, run.layout.work / f"{name}.pt")
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    training = trainer.fit(phases)
     trainer.checkpoint.unlink(missing_ok=True)
+    return training
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:
@@ -288,13 +439,14 @@ def serving_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
+HEADS = ("eagle1", "eagle3")
 STAGE_FUNCTIONS = {
     "tokenizer": prepare_tokens,
     "target": train_target,
     "draft": train_draft,
     "measure": measure_pair,
-    "eagle1": partial(train_head, "eagle1"),
-    "eagle3": partial(train_head, "eagle3"),
+    "answers": write_answers,
+    "heads": train_heads,
 }
 
 
@@ -302,9 +454,11 @@ def summary(run: Run) -> dict:
     """The few figures worth a line."""
     sections = run.record.sections
     weights = [folder / "model.safetensors" for folder in (run.layout.target, run.layout.draft)]
+    last = {kind: sections[kind]["training"]["validation"][-1] for kind in HEADS if run.record.is_finished(kind)}
     return {
         "out": str(run.layout.out),
-        "finished": [stage for stage in STAGE_FUNCTIONS if run.record.is_finished(stage)],
+        "finished": [stage for stage in (*STAGE_FUNCTIONS, *HEADS) if run.record.is_finished(stage)],
+        "same_argmax_1": {kind: figures["same_argmax_1"] for kind, figures in last.items()},
         "weight_bytes": sum(file.stat().st_size for file in weights if file.exists()),
         **{name: sections.get("measure", {}).get(name) for name in ("loss_by_position", "copying", "looping")},
     }
@@ -321,13 +475,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, nargs="+", default=[], help="folders or files (.txt, .txt.xz)")
     parser.add_argument("--hub", action="store_true", help="read PG-19 and GovReport through `datasets` instead")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--what", nargs="+", choices=STAGES, default=["pair"], help="the heads need a finished pair")
+    parser.add_argument("--what", nargs="+", choices=STAGES, help="default: pair, with --target both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="real shapes, seconds per stage, a slice of the corpus")
-    for field in dataclasses.fields(Settings):
+    parser.add_argument("--target", default="", help="whose heads are trained: preset, directory, GGUF file or hub id")
+    for field in dataclasses.fields(Settings)[1:]:
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"({field.default})")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.what = args.what or ["both" if args.target else "pair"]
+    if args.target and "pair" in args.what:
+        parser.error("--target has its weights already; ask for --what eagle1, eagle3 or both")
+    return args
 
 
 if __name__ == "__main__":

@@ -66,6 +66,69 @@ DATA_HUB = "The text: train splits of PG-19 (public-domain books) and GovReport 
 DATA_UNLISTED = "The text came from files given to the script, without a list of sources beside them."
 
 
+HEAD_CARD = """---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+# {name} head for {target}
+
+A draft for lossless speculative decoding of {target} with SpecExtend: `run_eagle.py -m TARGET --head THIS_FOLDER`.
+Trained by `scripts.train` on rows of up to {draft_context:,} tokens, so its working cache holds no more by default.
+
+| parameters | M tokens | steps | seconds | device | torch |
+|---|---|---|---|---|---|
+| {parameters:,} | {m_tokens:.1f} | {steps:,} | {seconds:.0f} | {device} | {torch} |
+
+{vocabulary}## What it learned from
+{own:.0%} of the rows hold answers that the target itself wrote: {rows:,} of them, {answer_tokens:,} tokens, a third
+greedy, the others at temperature 0.8; {ended:.0%} ended by themselves, the others after {generation_answer} tokens.
+The other rows are text of the corpus. The divergence from the target at temperature {teacher_temperature} is minimised
+over {eagle_steps} steps of the head's own states.
+
+Same argmax as the target on held-out rows, at step k from k - 1 of the head's own states:
+
+{validation}
+
+## Limits
+It speeds its target up and changes nothing of what that writes. What text it learned from decides where it drafts well.
+
+{data}
+"""
+
+
+def write_head_card(kind: str, record: dict) -> str:
+    """The card of one head, out of a finished record."""
+    settings, head, answers = record["settings"], record[kind], record["answers"]
+    (phase,) = head["training"]["phases"].values()
+    last = head["training"]["validation"][-1]
+    steps = range(1, settings["eagle_steps"] + 1)
+    lines = ["| text | " + " | ".join(f"step {step}" for step in steps) + " |", "|---" * (1 + len(steps)) + "|"]
+    for text, prefix in (("the target's answers", ""), ("corpus", "corpus_")):
+        lines.append(f"| {text} | " + " | ".join(f"{last[f'{prefix}same_argmax_{step}']:.3f}" for step in steps) + " |")
+    vocabulary = (
+        f"It drafts from {head['draft_vocabulary']:,} tokens, {head['covered']:.1%} of those in the target's answers, "
+        f"and reads what enters the target's layers {', '.join(map(str, head['layers']))}.\n\n"
+        if kind == "eagle3"
+        else ""
+    )
+    return HEAD_CARD.format(
+        **settings | {"target": answers["target"]},
+        name={"eagle1": "EAGLE-1", "eagle3": "EAGLE-3"}[kind],
+        parameters=head["parameters"],
+        m_tokens=phase["tokens"] / 1e6,
+        steps=phase["steps"],
+        seconds=phase["seconds"],
+        **{name: head["environment"][name] for name in ("device", "torch")},
+        vocabulary=vocabulary,
+        own=settings["eagle_own"],
+        rows=answers["rows"],
+        answer_tokens=answers["tokens"],
+        ended=answers["ended"],
+        validation="\n".join(lines),
+        data=_data(record["tokenizer"]),
+    )
+
+
 def write_card(record: dict) -> str:
     """The card's text for a finished record."""
     settings, corpus, measured = record["settings"], record["tokenizer"], record["measure"]
@@ -154,7 +217,7 @@ def _heads(record: dict) -> str:
     steps = range(1, record["settings"]["eagle_steps"] + 1)
     lines = [
         "EAGLE heads of the target (`eagle1/`, `eagle3/`; draft vocabulary of EAGLE-3: "
-        f"{record['settings']['eagle_vocab']:,} tokens), trained on contexts of up to "
+        f"{record.get('eagle3', {}).get('draft_vocabulary') or 0:,} tokens), trained on contexts of up to "
         f"{record['settings']['draft_context']:,} tokens. Same argmax as the target on held-out text, at step k from "
         "k - 1 of the head's own states:",
         "",

@@ -2,7 +2,7 @@
 
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from scripts.train.settings import Settings, TrainingError
+from scripts.train.settings import Settings, TrainingError, token_dtype
 
 SEPARATOR = "<|endoftext|>"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
@@ -25,9 +25,9 @@ HUB_SPLITS = (("emozilla/pg19", "text"), ("ccdv/govreport-summarization", "repor
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as one stream, each `<s> text </s>`; document d is `stream[starts[d]:starts[d + 1]]`."""
+    """Documents as one stream, each with its control tokens; document d is `stream[starts[d]:starts[d + 1]]`."""
 
-    stream: np.ndarray  # [N] uint16
+    stream: np.ndarray  # [N] uint16, int32 where the vocabulary is larger
     starts: np.ndarray  # [documents + 1] int64
 
     def save(self, path: Path) -> None:
@@ -50,6 +50,19 @@ class Encoded:
         if not chosen:
             raise TrainingError(f"no held-out document has {length} tokens; give more text or smaller contexts")
         return np.stack(chosen).astype(np.int64)
+
+    def draw(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
+        """Windows [count, length] int64 from anywhere, each within one document.
+
+        A document counts as the root of its length, so that books do not crowd out everything else.
+        """
+        sizes = np.diff(self.starts)
+        weights = np.sqrt(sizes) * (sizes >= length)
+        if not weights.any():
+            raise TrainingError(f"no document has {length} tokens; give longer texts or smaller contexts")
+        chosen = rng.choice(len(sizes), size=count, p=weights / weights.sum())
+        starts = self.starts[chosen] + (rng.random(count) * (sizes[chosen] - length + 1)).astype(np.int64)
+        return np.array([self.stream[start : start + length] for start in starts], np.int64).reshape(count, length)
 
 
 def read_documents(paths: list[Path], max_characters: int) -> list[str]:
@@ -126,8 +139,11 @@ def hold_out(documents: list[str], settings: Settings) -> tuple[list[str], list[
             if (size >= long) == wants_long and size <= 8 * long:
                 held.append(index)
                 used += size
-    if len(held) == len(documents):
-        raise TrainingError("the whole corpus would be held out; give more text or lower --validation_tokens")
+    if len(held) in (0, len(documents)):
+        raise TrainingError(
+            f"of {len(documents)} documents {len(held)} would be held out; give more of them (in one file, a line "
+            f"{SEPARATOR} separates them), or change --validation_tokens"
+        )
     chosen = set(held)
     return [d for i, d in enumerate(documents) if i not in chosen], [documents[i] for i in held]
 
@@ -160,18 +176,23 @@ def train_tokenizer(documents: list[str], settings: Settings) -> PreTrainedToken
     )
 
 
-def encode(documents: list[str], tokenizer: Tokenizer) -> Encoded:
-    """Encode in parallel, in pieces that end before a space, so that pieces join as if never cut."""
+def encode(documents: list[str], tokenizer: Tokenizer, edges: tuple[Sequence[int], Sequence[int]]) -> Encoded:
+    """Encode in parallel, in pieces that end before a space, so that pieces join as if never cut.
+
+    Args:
+        edges: ids put before and after each document.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    dtype = token_dtype(tokenizer.get_vocab_size())
     pieces = [(index, piece) for index, document in enumerate(documents) for piece in _pieces(document)]
     bodies: list[list[np.ndarray]] = [[] for _ in documents]
     for begin in range(0, len(pieces), BATCH_PIECES):
         batch = pieces[begin : begin + BATCH_PIECES]
         encodings = tokenizer.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
         for (index, _), encoding in zip(batch, encodings, strict=True):
-            bodies[index].append(np.array(encoding.ids, dtype=np.uint16))
-    bos, eos = np.array([BOS_ID], dtype=np.uint16), np.array([EOS_ID], dtype=np.uint16)
-    whole = [np.concatenate([bos, *body, eos]) for body in bodies]
+            bodies[index].append(np.array(encoding.ids, dtype=dtype))
+    before, after = (np.array(ids, dtype=dtype) for ids in edges)
+    whole = [np.concatenate([before, *body, after]) for body in bodies]
     return Encoded(np.concatenate(whole), np.cumsum([0, *map(len, whole)]))
 
 

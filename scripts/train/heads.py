@@ -7,7 +7,7 @@ the same way, as in HASS (Zhang et al., 2024).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from eagle.heads import Eagle1Head, Eagle3Head, Head
-from scripts.train.settings import Settings
+from scripts.train.divergence import chunk_divergence, divergence
+from scripts.train.settings import Settings, TrainingError
 
 UNROLLED = "bundled_unrolled"
 STEP_WEIGHT = 0.8  # of a step's loss against the step before it
 INITIAL_STD = 0.02
+COVERED = 0.95  # of the target's answers by EAGLE-3's draft vocabulary, where its size is not given
 
 
 class Unrolled:
@@ -62,6 +64,8 @@ def unrolled_attention(
 ) -> tuple[Tensor, None]:
     """Attention through the `unrolled` the head was called with; returns [B, T, H, D]."""
     assert attention_mask is None, f"{UNROLLED} takes whole rows, without padding"
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     output = kwargs["unrolled"].attend(query, key, value, kwargs["scaling"])
     return output.transpose(1, 2).contiguous(), None
 
@@ -75,69 +79,107 @@ def new_head(kind: str, target: LlamaForCausalLM, settings: Settings, target_ids
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     config = LlamaConfig(
         **{name: getattr(target.config, name) for name in (*sizes, "rms_norm_eps")},
+        head_dim=getattr(target.config, "head_dim", None),
         num_hidden_layers=1,
         max_position_embeddings=settings.draft_context,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
     )
     config._attn_implementation = UNROLLED
-    embedding = target.get_input_embeddings()
+    embedding, readout = target.get_input_embeddings(), target.get_output_embeddings()
     if kind == "eagle1":
-        head = Eagle1Head(config, embedding, target.get_output_embeddings(), bias=False)
+        head = Eagle1Head(config, embedding, readout, bias=False)
     else:
-        layers = [int(layer) for layer in settings.eagle_layers.split(",")]
-        head = Eagle3Head(config, embedding, layers, target_ids)
+        head = Eagle3Head(config, embedding, feature_layers(target, settings), target_ids)
     for weight in head.parameters():
         if weight.requires_grad and weight.ndim == 2:
             nn.init.normal_(weight, std=INITIAL_STD)
     if kind == "eagle3":  # the target's own readout of its last state is a better start than none
-        head.lm_head.weight.data.copy_(target.get_output_embeddings().weight[target_ids.to(target.device)])
+        head.lm_head.weight.data.copy_(readout.weight[target_ids.to(target.device)])
         head.norm.weight.data.copy_(target.model.norm.weight)
     return head.to(target.device)
 
 
-def frequent_tokens(texts: list[np.ndarray], count: int, vocab_size: int) -> Tensor:
-    """The `count` tokens that occur most in `texts`, each text weighing the same; ascending ids [count], int64."""
-    shares = sum(np.bincount(text.ravel(), minlength=vocab_size) / max(1, text.size) for text in texts)
-    return torch.from_numpy(np.sort(np.argsort(-shares, kind="stable")[:count]))
+def feature_layers(target: LlamaForCausalLM, settings: Settings) -> list[int]:
+    """The layers whose inputs EAGLE-3 reads: those asked for, else the published choice."""
+    layers = target.config.num_hidden_layers
+    if not settings.eagle_layers:  # of few layers the last state is the third
+        return [2, layers // 2, layers - 3] if layers > 8 else [layers // 3, 2 * layers // 3, layers]
+    asked = [int(layer) for layer in settings.eagle_layers.split(",")]
+    if not all(0 <= layer <= layers for layer in asked):
+        raise TrainingError(f"--eagle_layers {settings.eagle_layers}: the target has {layers} layers")
+    return asked
 
 
-def head_objective(head: Head, target: LlamaForCausalLM, settings: Settings) -> Callable[[Tensor], Tensor]:
-    """Loss of whole rows `tokens` [B, T], summed over the steps of a training-time test.
+def draft_vocabulary(text: np.ndarray, asked: int, vocab_size: int) -> tuple[Tensor, float]:
+    """EAGLE-3's draft vocabulary, ascending target ids, and which share of `text` [N] it covers.
 
-    The divergence of the head's distribution from the target's, over the tokens the head knows; EAGLE-1's with the
-    distance of its output from the target's next feature.
+    Args:
+        asked: its size; 0 takes as many thousand tokens as cover `COVERED` of the text.
     """
-    is_eagle1, steps = isinstance(head, Eagle1Head), settings.eagle_steps
+    counts = np.bincount(text, minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")
+    covered = counts[order].cumsum() / max(1, len(text))
+    needed = int(np.searchsorted(covered, COVERED)) + 1
+    size = min(vocab_size, asked or 1024 * -(-needed // 1024))
+    return torch.from_numpy(np.sort(order[:size])), float(covered[size - 1])
 
-    def loss(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            features, final = target_features(head, target, tokens)
-            nexts = final[:, 1:]
-            wanted = F.log_softmax(target.lm_head(nexts).float() / settings.teacher_temperature, dim=-1)
-            wanted = wanted if head.target_ids is None else wanted[..., head.target_ids]
-        starts = chain_starts(tokens, steps, settings.eagle_stride)
+
+def head_objective(
+    heads: Mapping[str, Head], target: LlamaForCausalLM, settings: Settings, pairs: int,
+    compiled: Callable[[Callable], Callable] = lambda function: function,
+) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    """Loss of rows `tokens` [B, T] on `pairs` pairs from `first` [] on, summed over heads and steps.
+
+    One pass of the target serves all heads. Each minimises the divergence of its distribution from the target's, over
+    the tokens it knows; EAGLE-1 the distance of its output from the target's next feature, too.
+    """
+    steps, readout = settings.eagle_steps, target.get_output_embeddings().weight
+    one_chunk = compiled(chunk_divergence)
+    unrolls = {kind: compiled(_unroller(head, steps)) for kind, head in heads.items()}
+
+    def loss(tokens: Tensor, first: Tensor) -> Tensor:
+        final, features = target_features(heads, target, tokens)
+        at = first + torch.arange(pairs, device=tokens.device)
+        starts = first + chain_starts(pairs, steps, settings.eagle_stride, tokens.device)
+        indices = torch.cat([at, *(starts + step for step in range(1, steps))])
+        nexts = final[:, 1:].index_select(1, indices).flatten(0, 1)
+        weights = torch.cat(
+            [torch.full_like(one, STEP_WEIGHT**step / (len(one) * len(tokens)), dtype=torch.float32)
+             for step, one in enumerate((at, *[starts] * (steps - 1)))]
+        ).repeat(len(tokens))  # fmt: skip
         total = torch.zeros((), device=tokens.device)
-        for step, hidden in enumerate(unroll(head, tokens, features, starts, steps)):
-            drafted = F.log_softmax(head.logits(hidden).float(), dim=-1)
-            expected = at_step(step, starts, wanted)
-            distance = (expected.exp() * (expected - drafted)).sum(-1).mean()
-            if is_eagle1:
-                distance = distance + F.smooth_l1_loss(hidden.float(), at_step(step, starts, nexts).float())
-            total = total + STEP_WEIGHT**step * distance
+        for kind, head in heads.items():
+            all_pairs, *chains = unrolls[kind](tokens, features[kind], starts)
+            hidden = torch.cat([all_pairs.index_select(1, at), *chains], dim=1).flatten(0, 1)
+            normed = head.norm(hidden) if isinstance(head, Eagle3Head) else hidden
+            total = total + divergence(
+                normed, head.lm_head.weight, nexts, readout, head.target_ids, weights, settings.teacher_temperature,
+                one_chunk,
+            )  # fmt: skip
+            if isinstance(head, Eagle1Head):
+                distance = F.smooth_l1_loss(hidden.float(), nexts.float(), reduction="none").mean(-1)
+                total = total + (weights * distance).sum()
         return total
 
     return loss
 
 
-def chain_starts(tokens: Tensor, steps: int, stride: int) -> Tensor:
-    """Every `stride`-th index from a random one on, [n], such that `steps` steps stay within `tokens` [B, T].
+def _unroller(head: Head, steps: int) -> Callable[..., list[Tensor]]:
+    def unrolled(tokens: Tensor, features: Tensor, starts: Tensor) -> list[Tensor]:
+        return unroll(head, tokens, features, starts, steps)
+
+    return unrolled
+
+
+def chain_starts(pairs: int, steps: int, stride: int, device: torch.device | str = "cpu") -> Tensor:
+    """Every `stride`-th index from a random one on, [n], such that `steps` steps stay within `pairs` pairs.
 
     Neighbouring chains teach much the same, and step 0 has taught all pairs. The offset never changes n: one shape.
     """
-    count = (tokens.shape[1] - steps) // stride
-    offset = torch.randint(stride, (1,), device=tokens.device)
-    return torch.arange(count, device=tokens.device) * stride + offset
+    count = (pairs + 1 - steps) // stride
+    offset = torch.randint(stride, (1,), device=device)
+    return torch.arange(count, device=device) * stride + offset
 
 
 def at_step(step: int, starts: Tensor, sequence: Tensor) -> Tensor:
@@ -152,7 +194,8 @@ def unroll(head: Head, tokens: Tensor, features: Tensor, starts: Tensor, steps: 
         tokens: [B, T]; features: [B, T, F] of the target.
     """
     states = head.states(features[:, :-1])
-    rotation = head.rotary_emb(states, torch.arange(states.shape[1], device=tokens.device)[None])
+    positions = torch.arange(states.shape[1], device=tokens.device)[None]
+    rotation = head.rotary_emb(torch.empty(0, device=tokens.device), positions)  # in float32
     unrolled, outputs = Unrolled(starts), []
     for step in range(steps):
         newest, cos, sin = (at_step(step, starts, sequence) for sequence in (tokens[:, 1:], *rotation))
@@ -161,29 +204,51 @@ def unroll(head: Head, tokens: Tensor, features: Tensor, starts: Tensor, steps: 
     return outputs
 
 
-def target_features(head: Head, target: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """What `head` reads of the target, [B, T, F], and the target's final hidden states [B, T, H]."""
+@torch.no_grad()
+def target_features(
+    heads: Mapping[str, Head], target: LlamaForCausalLM, tokens: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The target's final hidden states [B, T, H], and what each head reads of it, [B, T, F]; in the target's dtype."""
     model = target.model
-    hidden = model.embed_tokens(tokens)
-    rotation = model.rotary_emb(hidden, torch.arange(tokens.shape[1], device=tokens.device)[None])
-    entering = [hidden]
-    for layer in model.layers:
-        entering.append(layer(entering[-1], position_embeddings=rotation))
-    final = model.norm(entering[-1])
-    if head.entering is None:
-        return final, final
-    return torch.cat([entering[layer] for layer in head.entering], dim=-1), final
+    wanted = {layer for head in heads.values() for layer in head.entering or ()}
+    with torch.autocast(tokens.device.type, enabled=False):
+        hidden = model.embed_tokens(tokens)
+        rotation = model.rotary_emb(hidden, torch.arange(tokens.shape[1], device=tokens.device)[None])
+        entering = {}
+        for index, layer in enumerate(model.layers):
+            if index in wanted:
+                entering[index] = hidden
+            hidden = layer(hidden, position_embeddings=rotation)
+        entering[len(model.layers)] = hidden
+        final = model.norm(hidden)
+    return final, {
+        kind: final if head.entering is None else torch.cat([entering[layer] for layer in head.entering], dim=-1)
+        for kind, head in heads.items()
+    }
 
 
-def head_agreement(head: Head, target: LlamaForCausalLM, rows: Tensor, steps: int) -> dict[str, float]:
-    """Share of `rows` [n, T] on which the head's choice is the target's: step k + 1 from k of its own states."""
-    starts = chain_starts(rows, steps, stride=1)
-    equal: list[list[Tensor]] = [[] for _ in range(steps)]
+def head_agreement(
+    heads: Mapping[str, Head], target: LlamaForCausalLM, rows: Tensor, first: int, pairs: int, steps: int
+) -> dict[str, dict[str, float]]:
+    """For each head, on `pairs` pairs of `rows` [n, T] from `first` on: how often its choice is the target's.
+
+    Step k + 1 is from k of its own states.
+    """
+    at = first + torch.arange(pairs, device=rows.device)
+    starts = first + chain_starts(pairs, steps, 1, rows.device)
+    equal = {kind: [[] for _ in range(steps)] for kind in heads}
     for part in rows.split(8):
-        features, final = target_features(head, target, part)
-        wanted = target.lm_head(final[:, 1:]).argmax(-1)
-        for step, hidden in enumerate(unroll(head, part, features, starts, steps)):
-            chosen = head.logits(hidden).argmax(-1)
-            chosen = chosen if head.target_ids is None else head.target_ids[chosen]
-            equal[step].append((chosen == at_step(step, starts, wanted)).float().mean())
-    return {f"same_argmax_{step + 1}": torch.stack(shares).mean().item() for step, shares in enumerate(equal)}
+        final, features = target_features(heads, target, part)
+        with torch.no_grad(), torch.autocast(part.device.type, enabled=False):
+            wanted = target.get_output_embeddings()(final[:, 1:]).argmax(-1)
+        for kind, head in heads.items():
+            for step, hidden in enumerate(unroll(head, part, features[kind], starts, steps)):
+                hidden = hidden if step else hidden.index_select(1, at)
+                chosen = head.logits(hidden.to(head.lm_head.weight.dtype)).argmax(-1)
+                chosen = chosen if head.target_ids is None else head.target_ids[chosen]
+                same = chosen == wanted.index_select(1, starts + step if step else at)
+                equal[kind][step].append(same.float().mean())
+    return {
+        kind: {f"same_argmax_{step + 1}": torch.stack(shares).mean().item() for step, shares in enumerate(by_step)}
+        for kind, by_step in equal.items()
+    }

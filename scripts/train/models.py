@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, GenerationCon
 
 from scripts.train.corpus import BOS_ID, EOS_ID
 from scripts.train.settings import Settings
+from specextend.modeling.packed import PackedLinear
+from specextend.models.loading import LoadedModels, load_models
 
 # Not known to transformers' mask interface, so the model builds no mask; right only for whole rows without a cache.
 CAUSAL = "bundled_causal"
@@ -28,8 +30,9 @@ def causal_attention(
     """Causal attention over [B, H, T, D]; returns [B, T, H, D]. Under autocast rotation left q and k in float32."""
     assert attention_mask is None, f"{CAUSAL} takes whole rows, without padding"
     output = F.scaled_dot_product_attention(
-        query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling
-    )
+        query.to(value.dtype), key.to(value.dtype), value, is_causal=True, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -101,6 +104,17 @@ def load_model(
     """A saved model, frozen; `attention=CACHED` for writing text."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)
+
+
+def load_any_target(name: str, device: torch.device, *, attention: str) -> LoadedModels:
+    """Any target that can be decoded with, frozen; on a GPU in its own dtype, on a CPU in float32."""
+    loaded = load_models(name, device=str(device), with_draft=False)
+    for module in list(loaded.target.modules()):
+        for part, child in module.named_children():
+            if isinstance(child, PackedLinear):
+                setattr(module, part, child.unpacked())
+    loaded.target.requires_grad_(False).config._attn_implementation = attention
+    return loaded
 
 
 def save_model(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> None:

@@ -4,16 +4,22 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 STAGES = {  # of each thing that can be trained
     "pair": ("tokenizer", "target", "draft", "measure"),
-    "eagle1": ("tokenizer", "eagle1"),
-    "eagle3": ("tokenizer", "eagle3"),
+    "eagle1": ("tokenizer", "answers", "heads"),
+    "eagle3": ("tokenizer", "answers", "heads"),
+    "both": ("tokenizer", "answers", "heads"),
 }
+PROMPT_SHARES = (1.0, 0.85, 1.0, 0.53, 1.0, 0.85, 0.21, 1.0)  # lengths of prompts, of what an answer leaves, in turn
+LEAD = 24  # pairs before an answer that count in a head's loss, too
 
 # Two runs that differ in one of these cannot share an output folder: stages would not fit together.
 IDENTITY = (
-    "seed", "vocab_size", "max_characters", "validation_tokens", "target_hidden", "target_layers", "target_heads",
-    "target_ffn", "draft_hidden", "draft_layers", "draft_heads", "draft_ffn", "long_context", "draft_context",
+    "target", "seed", "vocab_size", "max_characters", "validation_tokens", "target_hidden", "target_layers",
+    "target_heads", "target_ffn", "draft_hidden", "draft_layers", "draft_heads", "draft_ffn", "long_context",
+    "draft_context",
 )  # fmt: skip
 
 
@@ -25,6 +31,7 @@ class TrainingError(Exception):
 class Settings:
     """Sizes, budgets in seconds and seeds of one run."""
 
+    target: str = ""  # whose heads are trained: a preset, directory, GGUF file or hub id; "": the one trained here
     seed: int = 0
     vocab_size: int = 8192
     max_characters: int = 0  # of the corpus; 0 reads all of it
@@ -52,16 +59,20 @@ class Settings:
     long_fraction: float = 0.5
     generation_seconds: float = 45.0
     generation_rows: int = 4096
-    generation_prompt: int = 256
+    generation_prompt: int = 256  # of what the draft learns from
+    generation_answer: int = 424  # tokens of an answer at most, of what heads learn from
     draft_seconds: float = 300.0
 
-    eagle_batch: int = 64
-    eagle_layers: str = "2,4,6"  # EAGLE-3's features: the target's residual stream entering these; 6 of 6: its end
-    eagle_vocab: int = 4096
+    eagle_batch: int = 32
+    eagle_own: float = 0.8  # share of rows that the target wrote; the others are text of the corpus
+    eagle_layers: str = ""  # EAGLE-3's features: what enters these layers, as 2,15,28; "": the published choice
+    eagle_vocab: int = 0  # EAGLE-3's; 0: as many thousands as cover 95 % of the target's answers
     eagle_steps: int = 5  # of the training-time test
     eagle_stride: int = 4  # every how many pairs a chain of its later steps begins
-    eagle1_seconds: float = 240.0
-    eagle3_seconds: float = 240.0
+    eagle_seconds: float = 400.0  # of training, for all heads at once
+    eagle_budget: int = 0  # steps, instead of seconds
+    eagle_lr: float = 1e-3  # of AdamW: EAGLE-3's readout and the norms
+    eagle_validations: int = 8
 
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -73,6 +84,7 @@ class Settings:
     validations: int = 8  # per training stage
     checkpoint_seconds: float = 120.0
     step_seconds: float = 0.0  # what a step counts as in the budgets; 0 measures it
+    call_seconds: float = 0.0  # after so long a training pauses, to go on with the same command; 0: never
 
     measure_windows: int = 40
     measure_prompts: int = 64
@@ -86,16 +98,37 @@ class Settings:
             raise TrainingError(f"--generation_prompt must stay below --draft_context ({self.draft_context})")
         if self.draft_context > self.long_context or self.short_context > self.long_context:
             raise TrainingError(f"no context may exceed --long_context ({self.long_context})")
-        if not 1 <= self.eagle_stride <= self.draft_context - self.eagle_steps:
-            raise TrainingError(f"--eagle_stride {self.eagle_stride} leaves no chain of --eagle_steps in a row")
-        if self.vocab_size > 2**16:
-            raise TrainingError(f"--vocab_size {self.vocab_size} does not fit 16-bit tokens (65536)")
+        if not 1 <= self.generation_answer <= self.draft_context - 2 * LEAD:
+            raise TrainingError(
+                f"--generation_answer {self.generation_answer} must be 1 to --draft_context - {2 * LEAD} "
+                f"({self.draft_context - 2 * LEAD})"
+            )
+        if not 1 <= self.eagle_stride <= self.pairs - self.eagle_steps:
+            raise TrainingError(f"--eagle_stride {self.eagle_stride} leaves no chain of --eagle_steps in an answer")
+        if not 0 <= self.eagle_own <= 1:
+            raise TrainingError(f"--eagle_own {self.eagle_own} is not between 0 and 1")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a row on which a head's loss is taken: an answer and a little before it."""
+        return self.generation_answer + LEAD
+
+    @property
+    def prompt_lengths(self) -> tuple[int, ...]:
+        """Tokens of the prompts that the target answers, batch by batch."""
+        longest = self.draft_context - self.generation_answer
+        return tuple(max(LEAD + 1, round(share * longest)) for share in PROMPT_SHARES)
+
+    def of_heads(self) -> "Settings":
+        """As the trainer of heads reads them."""
+        budget = {"step_seconds": 1.0, "eagle_seconds": float(self.eagle_budget)} if self.eagle_budget else {}
+        return dataclasses.replace(self, adam_lr=self.eagle_lr, validations=self.eagle_validations, **budget)
 
     def smoke(self) -> "Settings":
         """The same shapes, a few seconds per stage, on a slice of the corpus."""
         return dataclasses.replace(
             self, max_characters=14_000_000, validation_tokens=400_000, num_facts=2_000, target_seconds=5.0,
-            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, eagle1_seconds=3.0, eagle3_seconds=3.0,
+            generation_seconds=1.0, generation_rows=512, draft_seconds=5.0, eagle_seconds=6.0,
             log_steps=20, validations=2, checkpoint_seconds=3.0, measure_windows=4, measure_prompts=16,
         )  # fmt: skip
 
@@ -133,3 +166,12 @@ class Layout:
     @property
     def record(self) -> Path:
         return self.out / "training_record.json"
+
+    @property
+    def answers(self) -> Path:
+        return self.work / "answers.npz"
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """What ids are kept in."""
+    return np.uint16 if vocab_size <= 2**16 else np.int32

@@ -1,4 +1,4 @@
-"""One training loop for both models: a budget in seconds, phases of different row lengths, resumable."""
+"""One training loop for all models: a budget in seconds, phases of different row lengths, resumable."""
 
 import time
 from collections.abc import Callable
@@ -46,6 +46,10 @@ class Task:
     loss: Callable[..., Tensor]
     validate: Callable[[Phase], dict[str, float]]
     save: Callable[[], None]
+
+
+class Paused(Exception):
+    """The time for this call is over, its state is saved."""
 
 
 class BudgetClock:
@@ -185,17 +189,20 @@ class Trainer:
 
     def _pause_if_due(self, phase: Phase) -> None:
         now = self.clock.elapsed
+        pausing = 0 < self.settings.call_seconds < time.monotonic() - START
         validating = now - self.validated_at >= self.seconds / self.settings.validations
         saving = now - self.saved_at >= self.settings.checkpoint_seconds
-        if not (validating or saving):
+        if not (validating or saving or pausing):
             return
         self.clock.stop()
         if validating:
             self.validated_at = now
             self._validate(phase)
-        if saving:
+        if saving or pausing:
             self.saved_at = now
             self._save()
+        if pausing:
+            raise Paused(f"{self.name} paused at {now:.0f}s of {self.seconds:.0f}s; the same command goes on with it")
         self.clock.start()
 
     def _clock(self, settings: Settings, elapsed: float = 0.0) -> BudgetClock | StepClock:
@@ -213,7 +220,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
-            "model": self.model.state_dict(),
+            "model": {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": {"elapsed": self.clock.elapsed, **self.record()},
         }
@@ -225,7 +232,7 @@ class Trainer:
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(state["model"], strict=False)  # what is frozen was not saved
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         progress = state["progress"]
@@ -241,7 +248,7 @@ def make_optimizers(model: nn.Module, settings: Settings) -> tuple[torch.optim.M
     matrices, others = [], []
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            in_layer = weight.ndim == 2 and not name.startswith(("model.embed_tokens", "lm_head"))
+            in_layer = weight.ndim == 2 and not {"embed_tokens", "lm_head"} & set(name.split("."))
             (matrices if in_layer else others).append(weight)
     return (
         torch.optim.Muon(matrices, settings.matrix_lr, weight_decay=settings.weight_decay),

@@ -91,7 +91,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Answer the prompts the flags name."""
     flags.ranks_from(args)  # before anything is printed
     _check(args)
-    sampling, length = flags.sampling_from(args), getattr(args, "input_len", None)
+    length = getattr(args, "input_len", None)
     require_positive(
         max_samples=args.max_samples, max_gen_len=args.max_gen_len, input_len=1 if length is None else length
     )
@@ -105,6 +105,7 @@ def answer(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             tree = flags.config_from(args, models, "standard").tree
             configs.append(SpecExtendConfig.standard(tree=tree))
         engine = uniform_engine(models, configs, eager=args.eager, prefix_reuse=args.prefix_reuse and not args.compare)
+    sampling = flags.sampling_from(args, models.preset.temperature)
     reporter.introduce(engine, sampling)
     methods = {name_of(engine.config): engine.generate}
     if args.compare:

@@ -64,7 +64,10 @@ def add_model_flags(parser: argparse.ArgumentParser, *, widen: bool = False) -> 
     group = parser.add_argument_group("models")
     names = ", ".join(PRESETS)
     group.add_argument(
-        "--model_name", "-m", default="bundled", help=f"target model: {names}, a local directory or a hub id"
+        "--model_name",
+        "-m",
+        default="bundled",
+        help=f"target model: {names}, a local directory, a GGUF file or a hub id",
     )
     group.add_argument(
         "--draft_model", default=argparse.SUPPRESS, help="draft model: a local directory or a hub id"

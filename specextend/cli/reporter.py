@@ -45,9 +45,11 @@ class ConsoleReporter:
 
     def introduce(self, engine: SpecExtend, sampling: SamplingConfig) -> None:
         models, config = engine.models, engine.config
+        source = f" ({models.target_id})" if models.preset.wheel else ""  # there are two places it may come from
         self._out.print(
-            f"[bold]{escape(models.name)}[/] on {models.device}, {str(models.dtype).removeprefix('torch.')}, "
-            f"{getattr(engine, 'backend', 'eager')}; draft {escape(models.draft_id or 'none')}"
+            f"[bold]{escape(models.name)}[/]{escape(source)} on {models.device}, "
+            f"{str(models.dtype).removeprefix('torch.')}, {getattr(engine, 'backend', 'eager')}; "
+            f"draft {escape(models.draft_id or 'none')}"
         )
         on = {True: "on", False: "off"}
         self._out.print(

@@ -13,6 +13,7 @@ from specextend.errors import CapacityError, ConfigError
 
 BUILTIN_LENGTH = 4096
 CHARACTERS_PER_TOKEN = 32  # no text has more; longer ones than the model holds are refused before they are tokenized
+SUMMARY_REQUEST = "\n\nSummarize the text above in less than 200 words."
 ANSWER_MARKER = 64  # tokens kept at a prompt's end when it is cut: the question, the template's last words
 
 
@@ -62,6 +63,9 @@ def gather_prompts(
 
 
 def _builtin(encode: Callable[[str], Tensor], length: int, tail: int) -> EncodedPrompt:
-    """The beginning of the language reference; plain text is cut at the end, so that the model continues it."""
-    ids = encode(builtin_text())
+    """The beginning of the language reference; plain text is cut at the end, so that the model continues it.
+
+    In a conversation, where the end stays (`tail`), the model is asked for a summary there.
+    """
+    ids = encode(builtin_text() + SUMMARY_REQUEST if tail else builtin_text())
     return EncodedPrompt(cut_to_fit(ids, length, tail), "Python language reference (pydoc_data.topics)", len(ids))

@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,6 +46,7 @@ from transformers.utils import logging as transformers_logging
 from specextend.errors import CapacityError, ModelError
 from specextend.modeling import attention
 from specextend.modeling.packed import pack_linears
+from specextend.models import gguf
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -75,7 +77,7 @@ LOADING_ERRORS = (
 
 
 def find_checkpoint(name: str, *, weights: bool = True) -> Path:
-    """Local directory of the checkpoint `name`: a directory, or a hub id out of the cache or downloaded.
+    """Where the checkpoint `name` lies here: a directory, a GGUF file, or a hub id out of the cache or downloaded.
 
     A cached copy with all that is asked for (weights, else the tokenizer) is taken without asking the hub. Otherwise
     the hub is asked once, with a short timeout, before any download starts.
@@ -83,6 +85,8 @@ def find_checkpoint(name: str, *, weights: bool = True) -> Path:
     directory = local_directory(name)
     if directory is not None:
         return directory
+    if gguf.is_gguf(name):
+        return gguf.existing(name)
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"model directory {name!r} does not exist; give a directory with config.json or a hub id")
     cached = _cached_snapshot(name)
@@ -109,6 +113,8 @@ def local_directory(name: str) -> Path | None:
 
 def read_config(directory: Path) -> PreTrainedConfig:
     """The checkpoint's config, of a supported architecture, with LongChat's condensed rope made plain linear rope."""
+    if gguf.is_gguf(directory):
+        return gguf.read_config(directory)
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
@@ -145,6 +151,8 @@ def check_supported(config: PreTrainedConfig, name: object = "the model") -> Non
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer. How long a text may be is not its business: the engine checks capacity."""
+    if gguf.is_gguf(directory):
+        return gguf.read_tokenizer(directory)
     if not has_tokenizer(directory):
         raise ModelError(f"{directory} has no tokenizer ({' or '.join(TOKENIZER_FILES)}); copy it beside the weights")
     sentencepiece = (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file()
@@ -164,7 +172,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def has_tokenizer(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in TOKENIZER_FILES)
+    return gguf.is_gguf(directory) or any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_causal_lm(
@@ -182,13 +190,21 @@ def load_causal_lm(
     Keys that are rightly absent or superfluous (a tied `lm_head`, the `rotary_emb.inv_freq` of old files) are known
     to transformers and not reported by it.
     """
-    _require_weights(directory)
+    is_gguf = gguf.is_gguf(directory)
+    if is_gguf and sharding:
+        raise ModelError(f"{directory} cannot be spread over processes; give a Hugging Face checkpoint")
+    if not is_gguf:
+        _require_weights(directory)
     try:
-        _check_stored_dtypes(directory)
+        stored = {"state_dict": gguf.read_weights(directory, config, dtype)} if is_gguf else {}
+        if not is_gguf:
+            _check_stored_dtypes(directory)
         with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                directory,
+            loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_gguf else AutoModelForCausalLM
+            model, report = loader.from_pretrained(
+                None if is_gguf else directory,
                 config=config,
+                **stored,
                 dtype=dtype,
                 attn_implementation=attention.NAME,
                 local_files_only=True,
@@ -197,6 +213,8 @@ def load_causal_lm(
                 **({"distributed_config": sharding} if sharding else {}),
             )
         _check_keys(directory, report)
+        if is_gguf:
+            model.generation_config = gguf.read_generation_config(directory)
         model = model.requires_grad_(False).eval().to(device)
         check_finite(directory, dict(model.named_parameters()))
         if sharding is None:

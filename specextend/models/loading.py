@@ -30,7 +30,7 @@ from specextend.models.checkpoints import (
 from specextend.models.generation_lock import GenerationLock
 from specextend.models.placement import choose_device, choose_dtype
 from specextend.models.positions import position_limit
-from specextend.models.presets import PRESETS, Preset, find_preset, public_id
+from specextend.models.presets import PRESETS, Preset, find_preset, find_target, public_id
 from specextend.models.tensor_parallel import Ranks
 from specextend.models.vocabularies import check_vocabularies
 
@@ -83,7 +83,7 @@ def load_models(
     preset = find_preset(name_or_path)
     chosen_device = ranks.device if ranks else choose_device(device)
     draft_id = _draft_id(preset, draft) if with_draft else None
-    target_dir = find_checkpoint(preset.target)
+    target_dir, target_id = find_target(preset)
     draft_dir = find_checkpoint(draft_id) if draft_id else None
     target_config = read_config(target_dir)
     draft_config = read_config(draft_dir) if draft_dir else None
@@ -104,16 +104,20 @@ def load_models(
         target = load_causal_lm(target_dir, target_config, **placement)
     return LoadedModels(
         name=preset.name,
-        preset=replace(preset, template=preset.template or _own_template(tokenizer)),
+        preset=replace(
+            preset,
+            template=preset.template or _own_template(tokenizer),
+            temperature=preset.temperature and (target.generation_config.temperature or preset.temperature),
+        ),
         target=target,
         draft=load_causal_lm(draft_dir, draft_config, **placement) if draft_config else None,
         tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids(target, tokenizer),
+        eos_token_ids=eos_token_ids(target, tokenizer) | set(tokenizer.convert_tokens_to_ids(list(preset.stops))),
         limit=position_limit(target_config),
         vocab_size=vocab_size,
         device=chosen_device,
         dtype=chosen_dtype,
-        target_id=public_id(preset.target),
+        target_id=target_id,
         draft_id=public_id(draft_id) if draft_id else None,
         **({"ranks": ranks.count, "make_target": ranks.make_target} if ranks else {}),
     )
@@ -121,7 +125,7 @@ def load_models(
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The target's tokenizer alone; its weights are neither needed nor downloaded."""
-    return read_tokenizer(find_checkpoint(find_preset(name_or_path).target, weights=False))
+    return read_tokenizer(find_target(find_preset(name_or_path), weights=False)[0])
 
 
 def eos_token_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -135,7 +139,7 @@ def _draft_id(preset: Preset, draft: str | None) -> str:
     if draft is None and preset.draft is None:
         raise ModelError(
             f"{preset.name} has no small draft model of its own; name one with its vocabulary"
-            + (", e.g. meta-llama/Llama-3.2-1B-Instruct" if preset.name in PRESETS else ""),
+            + (", e.g. meta-llama/Llama-3.2-1B-Instruct" if "llama" in preset.name and preset.name in PRESETS else ""),
             setting="draft_model",
         )
     return draft or preset.draft

@@ -5,11 +5,13 @@ The references work on raw tensors under the checkpoints' own key names, one pai
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +21,11 @@ from torch import Tensor
 
 from eagle import weights as weights_module
 from eagle.drafter import EagleDrafter
+from eagle.entry import load_pair
+from eagle.models import retrieval_of
 from eagle.weights import load_head, save_head
 from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig
-from specextend.errors import ModelError
+from specextend.errors import ConfigError, ModelError
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
 from specextend.trees.growth import Growth
@@ -461,7 +465,7 @@ def test_a_pickle_that_would_run_code_is_refused(target_of, tmp_path):
     ("flags", "message"),
     [
         (["--model_name", "vicuna_7b", "--head", "eagle3"], "no eagle3 head of vicuna_7b is known, only eagle1"),
-        (["--head", "eagle2"], "invalid choice"),
+        (["--head", "eagle2"], "'eagle2' is unknown"),
         (["--draft_model", "nowhere"], "does not exist"),
     ],
 )
@@ -470,6 +474,21 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(flags, message):
         [sys.executable, str(ROOT / "run_eagle.py"), *flags], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("positions, chunks", [(1024, 32), (2048, 64), (32768, 64), (16, 1)])
+def test_the_working_cache_is_no_larger_than_what_a_head_has_seen(positions, chunks):
+    head = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=positions))
+    assert retrieval_of(head) == RetrievalConfig(32, chunks, 8)
+
+
+def test_a_folder_may_be_given_as_head_but_not_twice():
+    folder = str(ROOT / "specextend" / "models" / "bundled" / "eagle1")
+    arguments = {"model_name": "bundled", "dtype": "auto", "device": "cpu"}
+    loaded = load_pair(argparse.Namespace(**arguments, head=folder))
+    assert loaded.draft_id == "bundled/eagle1" and loaded.preset.retrieval.top_k == 32
+    with pytest.raises(ConfigError, match="both name a head"):
+        load_pair(argparse.Namespace(**arguments, head=folder, draft_model=folder))
 
 
 # ---- training
@@ -503,9 +522,8 @@ def test_training_time_test_is_the_chain_that_drafting_makes(kind, starts, load,
 
 
 def test_chains_begin_at_every_offset_and_end_within_the_row(training_heads):
-    tokens = torch.zeros(2, 30, dtype=torch.long)
-    assert training_heads.chain_starts(tokens, 5, 1).tolist() == list(range(25))  # pair 24 + 4 is the last of 29
-    seen = {tuple(training_heads.chain_starts(tokens, 5, 4).tolist()) for _ in range(200)}
+    assert training_heads.chain_starts(29, 5, 1).tolist() == list(range(25))  # pair 24 + 4 is the last of 29
+    seen = {tuple(training_heads.chain_starts(29, 5, 4).tolist()) for _ in range(200)}
     assert seen == {tuple(range(offset, offset + 24, 4)) for offset in range(4)}
 
 
@@ -539,5 +557,5 @@ def test_loss_of_a_head_is_the_weighted_sum_over_its_steps(kind, load, hf_twin, 
         chains = [[*pairs, (int(ids[len(pairs) + 1]), reference.output(pairs))] for pairs in chains]
         total = total + weight * torch.stack([distance(pairs) for pairs in chains]).mean()
     settings = Settings(eagle_steps=3, eagle_stride=1, teacher_temperature=0.8)
-    loss = training_heads.head_objective(head, model, settings)(ids[None])
+    loss = training_heads.head_objective({kind: head}, model, settings, pairs=7)(ids[None], torch.tensor(0))
     torch.testing.assert_close(loss, total, atol=1e-3, rtol=1e-3)

@@ -248,6 +248,7 @@ def test_presets_name_the_published_checkpoints():
         "longchat_7b": ("lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
         "llama31_8b": ("meta-llama/Llama-3.1-8B-Instruct", None, "chat"),
         "r1_distill_llama_8b": ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", None, "chat"),
+        "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", None, "chat"),
     }
 
 

@@ -11,26 +11,33 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import eagle
 from eagle.weights import load_head
+from scripts.train import divergence as divergence_module
 from scripts.train import measure
-from scripts.train.corpus import BOS_ID, EOS_ID, encode, hold_out, read_documents, train_tokenizer
+from scripts.train.corpus import BOS_ID, EOS_ID, Encoded, encode, hold_out, read_documents, train_tokenizer
+from scripts.train.divergence import chunk_divergence, divergence
 from scripts.train.facts import make_facts
-from scripts.train.generation import continue_prompts, ends_in_loop, repeated_share
+from scripts.train.generation import continue_prompts, ends_in_loop, repeated_share, write_rows
 from scripts.train.models import (
     CACHED,
     CAUSAL,
     causal_attention,
+    load_any_target,
     load_model,
     new_model,
     save_model,
     target_config,
 )
 from scripts.train.objectives import loop_avoiding_loss, target_objective
+from scripts.train.prompts import Prompts
 from scripts.train.rows import LOOPED, PLAIN, SILENT, Mix, Row, RowSource
-from scripts.train.settings import Settings
+from scripts.train.settings import Settings, TrainingError
 from scripts.train.trainer import Phase, Task, Trainer, make_optimizers
+from specextend import SpecExtend
+from specextend.config import SpecExtendConfig
 from specextend.models.loading import load_models
 
 ROOT = Path(__file__).parents[2]
@@ -40,10 +47,26 @@ TINY = {
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
     "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
-    "draft_seconds": 0.7, "eagle1_seconds": 0.7, "eagle3_seconds": 0.7, "eagle_batch": 4, "eagle_vocab": 200,
-    "eagle_layers": "0,1,2", "eagle_steps": 3, "warmup_steps": 5, "uncounted_steps": 2, "log_steps": 5,
-    "validations": 2, "checkpoint_seconds": 0.5, "step_seconds": 0.01, "measure_windows": 2, "measure_prompts": 3,
+    "draft_seconds": 0.7, "generation_answer": 64, "eagle_budget": 150, "eagle_lr": 3e-3, "eagle_batch": 4,
+    "eagle_vocab": 200, "eagle_layers": "0,1,2", "eagle_steps": 3, "eagle_validations": 2, "warmup_steps": 5,
+    "uncounted_steps": 2, "log_steps": 5, "validations": 2, "checkpoint_seconds": 0.5,
+    "step_seconds": 0.01, "measure_windows": 2, "measure_prompts": 3,
 }  # fmt: skip
+
+
+def small_target(folder: Path, tokenizer, model_type: str = "llama") -> Path:
+    """A target that this project did not train: grouped queries, a chat template, its own EOS."""
+    torch.manual_seed(0)
+    options = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 10,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID, "tie_word_embeddings": True, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **options))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}ask {{ m['content'] }} {% endfor %}answer")
+    return folder
 
 
 def synthetic_documents(count: int, words: int) -> list[str]:
@@ -78,7 +101,7 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pair")
     done = run_script("--corpus", corpus, "--out", out, "--what", "pair", "eagle1", "eagle3")
     assert done.returncode == 0, done.stdout + done.stderr
-    stages = ["tokenizer", "target", "draft", "measure", "eagle1", "eagle3"]
+    stages = ["tokenizer", "target", "draft", "measure", "answers", "eagle1", "eagle3"]
     assert json.loads(done.stdout.splitlines()[-1])["finished"] == stages
     return out
 
@@ -118,6 +141,100 @@ def test_trained_heads_load_and_have_learned(trained: Path) -> None:
         assert validation[-1]["same_argmax_1"] > 20 / TINY["vocab_size"]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_heads_of_any_target_are_trained_in_several_calls_and_draft_losslessly(
+    model_type: str, corpus: Path, tokenizer, tmp_path: Path
+) -> None:
+    target, out = small_target(tmp_path / "target", tokenizer, model_type), tmp_path / "heads"
+    arguments = ("--corpus", corpus, "--out", out, "--target", target, "--eagle_budget", 40)
+    first = run_script(*arguments, "--call_seconds", 0.01, "--eagle_layers", "", "--eagle_vocab", 0)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "paused" in first.stdout and json.loads(first.stdout.splitlines()[-1])["finished"] == [
+        "tokenizer",
+        "answers",
+    ]
+    again = run_script(*arguments, "--eagle_layers", "", "--eagle_vocab", 0)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "answers: already done" in again.stdout and "resumed" in again.stdout
+    record = json.loads((out / "training_record.json").read_text())
+    assert record["eagle3"]["layers"] == [2, 5, 7] and record["eagle3"]["covered"] >= 0.95
+    assert record["answers"]["template"] == "chat" and record["answers"]["rows"] % TINY["generation_rows"] == 0
+    first_loss, *_, last_loss = (point["loss"] for point in record["eagle1"]["training"]["curve"])
+    assert last_loss < first_loss
+    for kind in ("eagle1", "eagle3"):
+        card = (out / kind / "README.md").read_text()
+        assert "someone/somewhere" in card and "{" not in card
+        models = eagle.load_models(str(target), draft=str(out / kind), device="cpu", dtype="float64")
+        assert models.preset.retrieval.top_k == TINY["draft_context"] // 32
+        engine = SpecExtend(models, SpecExtendConfig.specextend(retrieval=models.preset.retrieval))
+        prompt = torch.randint(3, 300, (300,))
+        assert engine.generate(prompt, 40).token_ids == engine.autoregressive(prompt, 40).token_ids
+
+
+def test_mistakes_about_the_target_are_one_line_and_status_2(corpus: Path, tmp_path: Path) -> None:
+    out = ("--corpus", corpus, "--out", tmp_path / "out")
+    for arguments, said in (
+        (("--target", tmp_path / "none.gguf"), "does not exist"),
+        (("--target", "bundled", "--what", "pair"), "has its weights already"),
+        (("--target", "bundled", "--generation_answer", 100), "--generation_answer 100 must be"),
+    ):
+        done = run_script(*out, *arguments)
+        assert done.returncode == 2 and said in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_answers_end_where_the_target_ends_them_and_other_rows_follow(tokenizer, tmp_path: Path) -> None:
+    writer = load_any_target(str(small_target(tmp_path / "target", tokenizer)), CPU, attention=CACHED).target
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, 300, size=(6, 20))
+    greedy = continue_prompts(writer, torch.from_numpy(prompts), 30, temperature=0.0).numpy()
+    stop = int(greedy[0, 25])
+    written = write_rows(
+        writer, lambda count, length: prompts[:count, :length], lengths=[20], rows=6, context=64, answer=30,
+        stops={stop}, seconds=0, seed=0,
+    )  # fmt: skip
+    assert written.rows.shape == (6, 64) and written.rows.dtype == np.uint16
+    (first,) = (i for i, row in enumerate(written.rows) if np.array_equal(row[:20], prompts[0]))
+    end = 20 + int(written.answers[first])
+    assert written.greedy[first] and end == 21 + list(greedy[0, 20:]).index(stop)
+    assert np.array_equal(written.rows[first, :end], greedy[0, :end])
+    assert np.array_equal(written.rows[first, end : end + 20], prompts[1])
+
+
+def test_prompts_frame_an_excerpt_of_one_document(tokenizer, tmp_path: Path) -> None:
+    folder = small_target(tmp_path / "target", tokenizer)
+    chat = AutoTokenizer.from_pretrained(folder)
+    corpus = Encoded(np.arange(1000, dtype=np.uint16), np.array([0, 400, 1000]))
+    for template in ("chat", None):
+        prompts = Prompts(corpus, chat, template, seed=0)(40, 200)
+        assert prompts.shape == (40, 200)
+        for row in prompts:
+            excerpt = max(np.split(row, np.flatnonzero(np.diff(row) != 1) + 1), key=len)
+            assert len(excerpt) >= 16 and (excerpt[0] < 400) == (excerpt[-1] < 400)
+            assert template or len(excerpt) >= 199  # <s> stands before it
+    assert corpus.draw(np.random.default_rng(0), 0, 50).shape == (0, 50)
+    with pytest.raises(TrainingError, match="leave no room"):
+        Prompts(corpus, chat, "chat", seed=0)(2, 16)
+
+
+@pytest.mark.parametrize("known", [None, torch.arange(5, 45, 2)])
+def test_divergence_in_chunks_has_the_gradient_of_the_plain_formula(known, monkeypatch) -> None:
+    monkeypatch.setattr(divergence_module, "CHUNK_BYTES", 4 * 60 * 7)  # 7 pairs a chunk
+    torch.manual_seed(0)
+    hidden, nexts = torch.randn(2, 23, 8, dtype=torch.float64)
+    readout, scale = torch.randn(60, 8, dtype=torch.float64), torch.rand(23, dtype=torch.float64)
+    weight = torch.randn(60 if known is None else len(known), 8, dtype=torch.float64)
+    inputs = [[one.clone().requires_grad_() for one in (hidden, weight)] for _ in range(2)]
+    chunked = divergence(*inputs[0], nexts, readout, known, scale, 0.8, chunk_divergence)
+    wanted = (nexts @ readout.mT / 0.8).log_softmax(-1)
+    wanted = wanted if known is None else wanted[:, known]
+    plain = (scale[:, None] * wanted.exp() * (wanted - (inputs[1][0] @ inputs[1][1].mT).log_softmax(-1))).sum()
+    (3 * chunked).backward()
+    (3 * plain).backward()
+    torch.testing.assert_close(chunked.double(), plain, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*inputs, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_heads_of_a_finished_target_take_its_tokenizer(trained: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"  # as it ships: without the folder that only resuming needs
     shutil.copytree(trained, out, ignore=shutil.ignore_patterns("work", "eagle*"))
@@ -143,7 +260,7 @@ def test_finished_stages_are_skipped_and_other_sizes_refused(trained: Path, corp
 
 def test_encoded_documents_keep_their_text_and_borders(corpus: Path, tokenizer) -> None:
     documents = read_documents([corpus], 0)
-    encoded = encode(documents, tokenizer.backend_tokenizer)
+    encoded = encode(documents, tokenizer.backend_tokenizer, ([BOS_ID], [EOS_ID]))
     assert len(documents) == 32 and len(encoded.starts) == 33 and encoded.stream.dtype == np.uint16
     for document, tokens in zip(documents, encoded.documents(), strict=True):
         assert tokens[0] == BOS_ID and tokens[-1] == EOS_ID
