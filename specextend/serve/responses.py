@@ -202,6 +202,7 @@ def usage_of(results: Sequence[Generation], choices: int = 1) -> dict:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": new_tokens,
         "total_tokens": prompt_tokens + new_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results[::choices])},
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": rejected,

@@ -157,7 +157,7 @@ def _usage(choice: Choice) -> dict:
     counts = usage_of([choice.result])
     return {
         "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": {"cached_tokens": 0},
+        "input_tokens_details": counts["prompt_tokens_details"],
         "output_tokens": counts["completion_tokens"],
         "output_tokens_details": counts["completion_tokens_details"],
         "total_tokens": counts["total_tokens"],

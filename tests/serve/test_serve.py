@@ -546,3 +546,14 @@ def test_mistakes_on_the_command_line_are_a_line_and_status_2(given, message, se
         flags.run(serve_main.main)
     error = capsys.readouterr().err
     assert exited.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_what_an_earlier_prompt_taught_is_not_read_again(server):
+    long = request(prompt="Once upon a time in a small town. " * 12, max_tokens=8)
+    before = server.metric("cached_prompt_tokens_total")
+    first, second = (server.post(long).json() for _ in range(2))
+    assert first["choices"] == second["choices"]
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == second["usage"]["prompt_tokens"] - 1  # the last one is read in any case
+    first_cached = first["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert server.metric("cached_prompt_tokens_total") - before == first_cached + cached
