@@ -28,9 +28,7 @@ class Metrics:
 
         self.requests = make(Counter, "requests", "Requests answered, by HTTP status", "status")
         self.prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens of finished requests")
-        self.cached_tokens = make(
-            Counter, "cached_prompt_tokens", "Those of them that an earlier prompt taught"
-        )
+        self.cached_tokens = make(Counter, "cached_prompt_tokens", "Those of them that an earlier prompt taught")
         self.tokens = make(Counter, "generated_tokens", "Tokens generated, those of cancelled requests included")
         self.first_token = make(
             Histogram, "time_to_first_token_seconds", "From arrival, waiting included", buckets=SECONDS
