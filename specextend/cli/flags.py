@@ -162,9 +162,8 @@ def methods_from(args: argparse.Namespace) -> list[str]:
 def check_settings(args: argparse.Namespace) -> None:
     """ConfigError for a setting out of its range, before anything is loaded."""
     for name in methods_from(args):
-        _with_given(
-            args, find_method(name).config(TreeConfig(), RetrievalConfig(top_k=256))
-        )  # as large as any preset's
+        tree, retrieval = TREES[getattr(args, "tree", "paper")], RetrievalConfig(top_k=256)  # as large as any preset's
+        _with_given(args, find_method(name).config(tree, retrieval))
     sampling_from(args)
 
 

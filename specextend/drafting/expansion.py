@@ -56,7 +56,7 @@ def grow(root: Tensor, logprobs: Tensor, expand: Callable[[Level], Tensor], grow
     floor = math.log(growth.floor) if growth.floor else -math.inf
 
     for depth in range(1, growth.max_depth + 1):
-        children = _best_children(reach[frontier], logprobs, growth, depth)
+        children = _best_children(reach[frontier], logprobs, growth)
         first_new = len(tokens)
         tokens, parents = torch.cat((tokens, children.tokens)), torch.cat((parents, frontier[children.parents]))
         given, reach = torch.cat((given, children.logprobs)), torch.cat((reach, children.reach))
@@ -87,17 +87,16 @@ class _Children(NamedTuple):
     reach: Tensor
 
 
-def _best_children(path: Tensor, logprobs: Tensor, growth: Growth, depth: int) -> _Children:
+def _best_children(path: Tensor, logprobs: Tensor, growth: Growth) -> _Children:
     """The best continuations of a level.
 
     Args:
         path: [n] `reach` of the level's nodes; logprobs: [n, V].
-        depth: of the children.
     """
     values, tokens = logprobs.topk(min(growth.nodes, logprobs.shape[1]), dim=-1)
     # rounding may lift a log-probability above 0; a child must not outrank its parent
     values = values.clamp(max=0)
-    worth = values if growth.calibration is None else growth.calibration(values, depth)
+    worth = values if growth.calibration is None else growth.calibration(values)
     reach = (worth + path[:, None]).flatten()
     best = _best(reach, growth.nodes)
     return _Children(best // tokens.shape[1], tokens.flatten()[best], values.flatten()[best], reach[best])

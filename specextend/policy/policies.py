@@ -20,8 +20,8 @@ from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
-GAIN_ROUNDS = 12  # that the mean of what speculating gained goes over
-FIRST_GAIN, FIRST_ROUNDS = 0.5, 2  # tokens per round that speculating is believed to gain, as if so many had shown it
+GAIN_ROUNDS = 16  # that the mean of what speculating gained goes over
+FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
 MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 4, 32  # rounds without speculation until it is tried again
 SETTLED = 16  # rounds of speculation after which the next pause is a short one again
@@ -132,7 +132,7 @@ class PricedTree:
         depth = drafted.depth.cpu().numpy()
         reach = drafted.reach.double().exp().cpu().numpy()
         self._learn_shape(depth, reach, levels, rows)
-        self._learn_acceptance(drafted, depth, tokens)
+        self._learn_acceptance(drafted, tokens)
         took = self._seconds_of(verified, levels, rows, context)
         self._tokens = RATE_MEMORY * self._tokens + len(tokens)
         self._seconds = RATE_MEMORY * self._seconds + took
@@ -175,7 +175,7 @@ class PricedTree:
         if levels > 0:
             self._rows = 0.9 * self._rows + 0.1 * rows / levels
 
-    def _learn_acceptance(self, tree: DraftTree, depth, tokens: list[int]) -> None:
+    def _learn_acceptance(self, tree: DraftTree, tokens: list[int]) -> None:
         """The verdict on every node below an accepted one, those that were not verified included."""
         parents, ids = tree.parents.cpu().numpy(), tree.tokens.cpu().numpy()
         logprobs = tree.logprobs.double().cpu().numpy()
@@ -188,4 +188,4 @@ class PricedTree:
                 break
             at = int(children[answers[-1].argmax()])
         nodes = np.concatenate(asked)
-        self.calibration.learn(logprobs[nodes], depth[nodes], np.concatenate(answers))
+        self.calibration.learn(logprobs[nodes], np.concatenate(answers))

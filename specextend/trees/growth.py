@@ -13,8 +13,8 @@ from specextend.config import TreeConfig
 class Calibration(Protocol):
     """What a draft's probabilities are worth: how often the target makes the same choice."""
 
-    def __call__(self, logprobs: Tensor, depth: int) -> Tensor:
-        """Log-probability, of the same shape, that the target chooses children of `depth` with these `logprobs`."""
+    def __call__(self, logprobs: Tensor) -> Tensor:
+        """Log-probability, of the same shape, that the target chooses children with these `logprobs`."""
 
 
 @dataclass(frozen=True)

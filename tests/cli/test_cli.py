@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig,
 from specextend.data.builtin import builtin_text
 from specextend.data.encoded import EncodedPrompt
 from specextend.decoding.output import Generation, Output, Round
-from specextend.errors import SpecExtendError
+from specextend.errors import ConfigError, SpecExtendError
 from specextend.models.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +125,15 @@ def test_tree_of_the_preset_holds_on_a_cpu_unless_a_flag_says_otherwise():
     assert config_of(cpu_tree=own).tree == own
     assert config_of("--nodes", "9", cpu_tree=own).tree == TreeConfig(9, 3, 0.4)
     assert config_of(cpu_tree=own, device="cuda").tree == TreeConfig()
+    assert config_of("--tree", "paper", cpu_tree=own).tree == TreeConfig()
+
+
+def test_priced_trees_are_a_flag_and_take_no_bounds_but_their_size():
+    assert config_of("--tree", "price").tree == TreeConfig.priced()
+    assert config_of("--tree", "price", "--nodes", "9").tree == replace(TreeConfig.priced(), nodes=9)
+    with pytest.raises(ConfigError, match="threshold is 0.3; priced trees have no such bound"):
+        config_of("--tree", "price", "--threshold", "0.3")
+    assert config_of("--method", "prompt_lookup", "--tree", "price").tree.rule == "fixed"  # chains have their own
 
 
 def test_sampling_flags_become_the_sampling_setting():

@@ -38,6 +38,7 @@ VALUES = {
     "--prefill_block": some(0, 1, 7, 64),
     "--nodes": some(1, 2, 8, 50, 100),
     "--max_depth": some(1, 2, 10, 64),
+    "--tree": some("paper", "price", "tall"),
     "--threshold": some(0, 0.3, 0.7, 5),
     "--min_probability": some(0, 0.1, 0.9, 1),
     "--retrieval_chunk_size": some(1, 3, 32, 500),
