@@ -149,6 +149,13 @@ def _one_line(name: str, result: Generation) -> str:
         f"{result.accepted_per_round:.2f} draft tokens accepted per round, {result.tokens_per_round:.2f} tokens per "
         f"round; prefill {result.ttft_s:.2f} s{known}, then {result.decode_tokens_per_s:.1f} tokens/s "
         f"({result.tokens_per_s:.1f} end to end)"
+    ) + (f"; {_priced(result)}" if result.price else "")
+
+
+def _priced(result: Generation) -> str:
+    return (
+        f"price {result.price:.0f} tokens/s, {result.nodes_per_round:.1f} nodes per round, {result.plain_share:.0%} of "
+        "the rounds without speculation"
     )
 
 

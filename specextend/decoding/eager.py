@@ -65,7 +65,7 @@ class EagerBackend:
             self._policy.learn(self._drafted, passes, len(self._tree), self._emitted, last.seconds, self._context)
         self._context = output.context
         self._growth: Growth | None = self._policy.plan(self._context)
-        self._price = self._policy.price
+        output.price = self._policy.price
 
     def refresh_is_due(self) -> bool:
         if self._growth is not None:

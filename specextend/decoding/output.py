@@ -24,12 +24,14 @@ class Round:
         accepted: draft tokens among them; the bonus token is the last one, unless the output ended before it.
         seconds: per stage, "retrieve", "draft", "verify", "accept", those that ran; "host" is what none of
             them accounts for.
+        price: tokens per second that its parts had to earn, 0 where the tree's bounds are fixed.
     """
 
     tokens: list[int]
     drafted: int
     accepted: int
     seconds: dict[str, float]
+    price: float = 0.0
 
 
 @dataclass
@@ -90,6 +92,21 @@ class Generation:
         return _ratio(self.new_tokens - 1, len(self.rounds))
 
     @property
+    def price(self) -> float:
+        """Mean of the rounds' prices, in tokens per second; 0 where nobody asked for one."""
+        return _ratio(sum(r.price for r in self.rounds), len(self.rounds))
+
+    @property
+    def nodes_per_round(self) -> float:
+        """Draft tokens verified per round."""
+        return _ratio(sum(r.drafted for r in self.rounds), len(self.rounds))
+
+    @property
+    def plain_share(self) -> float:
+        """Share of the rounds that verified no draft token."""
+        return _ratio(sum(not r.drafted for r in self.rounds), len(self.rounds))
+
+    @property
     def tokens_per_s(self) -> float:
         """End to end, prefill included."""
         return _ratio(self.new_tokens, self.total_s)
@@ -129,6 +146,7 @@ class Output:
         prefill_seconds: "target" and "draft".
         cached_tokens: of the prompt, known to the target before the prefill.
         capture_s: seconds spent on capturing graphs, on buffers for them and on timing steps, in no other figure.
+        price: of the next round, see `Round`.
     """
 
     prompt: Tensor
@@ -146,6 +164,7 @@ class Output:
     prefill_seconds: dict[str, float] = field(default_factory=dict)
     capture_s: float = 0.0
     cached_tokens: int = 0
+    price: float = 0.0
     _ahead: list[tuple[int, str | None]] = field(default_factory=list)  # tokens judged before they are appended
 
     @property
@@ -180,7 +199,7 @@ class Output:
     def append(self, drafted: int, tokens: list[int], seconds: dict[str, float]) -> Round:
         """Take a round's tokens, the bonus token last, as many as belong to the output."""
         kept = self._extend(tokens)
-        self.rounds.append(Round(kept, drafted, min(len(tokens) - 1, len(kept)), seconds))
+        self.rounds.append(Round(kept, drafted, min(len(tokens) - 1, len(kept)), seconds, self.price))
         return self.rounds[-1]
 
     def ends_with(self, token: int) -> bool:

@@ -43,6 +43,9 @@ class Metrics:
         self.accepted_at = make(
             Counter, "accepted_tokens_at_position", "Draft tokens accepted, by place in their round from 0", "position"
         )
+        self.rounds = make(Counter, "rounds", "Rounds of decoding of finished requests")
+        self.plain_rounds = make(Counter, "plain_rounds", "Rounds of them that verified no draft token")
+        self.price = make(Gauge, "price_tokens_per_second", "What drafts had to earn, last request; 0: fixed trees")
         self.cache_bytes = make(Gauge, "cache_bytes", "Bytes of the target's key/value cache, as of the last round")
         make(Gauge, "queue_length", "Requests waiting").set_function(waiting)
         make(Gauge, "running", "Requests being decoded").set_function(running)
@@ -56,6 +59,9 @@ class Metrics:
     def finished(self, result: Generation) -> None:
         self.prompt_tokens.inc(result.prompt_tokens)
         self.cached_tokens.inc(result.cached_tokens)
+        self.rounds.inc(len(result.rounds))
+        self.plain_rounds.inc(sum(not round_.drafted for round_ in result.rounds))
+        self.price.set(result.price)
         if result.rounds:
             self.speed.observe(result.decode_tokens_per_s)
 

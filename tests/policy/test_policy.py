@@ -268,3 +268,14 @@ def test_most_probable_keeps_parents_before_children():
     assert small.tokens.tolist() == [0, 1, 3] and small.parents.tolist() == [-1, 0, 1]
     assert torch.equal(small.ancestors, DraftTree.from_parents(small.tokens, small.parents).ancestors)
     assert tree.most_probable(4) is tree
+
+
+def test_rounds_tell_their_price(make_model, make_engine, make_prompt):
+    target = make_model("gqa")
+    config = SpecExtendConfig.specextend(tree=TreeConfig.priced())
+    priced = make_engine(target, target, config).generate(make_prompt(40), 20)
+    assert all(one.price > 0 for one in priced.rounds) and priced.price > 0
+    assert priced.nodes_per_round == np.mean([one.drafted for one in priced.rounds])
+    assert priced.plain_share == np.mean([one.drafted == 0 for one in priced.rounds])
+    fixed = make_engine(target, target, SpecExtendConfig.specextend()).generate(make_prompt(40), 20)
+    assert fixed.price == 0
