@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from specextend.config import RoundSlots, SamplingConfig
+from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.decoding.eager import EagerBackend
 from specextend.decoding.loop import decode
 from specextend.decoding.output import Output
@@ -24,6 +24,7 @@ from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import NoRetrieval
 from specextend.errors import ConfigError
 from specextend.trees.acceptance import Accepted, accept
+from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 # ---- accepting
@@ -231,7 +232,7 @@ class FixedDrafter(Drafter):
     def prefill(self, prompt: Tensor, first: Tensor, room: int, known: int = 0) -> None:
         self._root = first
 
-    def propose(self) -> DraftTree:
+    def propose(self, growth: Growth) -> DraftTree:
         tokens = self._tree.tokens.clone()
         tokens[0] = self._root
         return DraftTree(tokens, self._tree.parents, self._tree.depth, self._tree.ancestors)
@@ -260,7 +261,7 @@ def markov_table() -> Tensor:
 def run(method: str, target: MarkovTarget, drafter, sampling: SamplingConfig, new_tokens: int = 3) -> Output:
     output = Output(torch.tensor([START]), new_tokens, frozenset(), (), str, choose=chooser(sampling, depth=3))
     drafter = drafter if method == "speculative" else Drafter()
-    for _ in decode(EagerBackend(target, drafter, NoRetrieval(), RoundSlots(8, 4, 0, None)), output):
+    for _ in decode(EagerBackend(target, drafter, NoRetrieval(), SpecExtendConfig(tree=TreeConfig(7, 3))), output):
         pass
     return output
 

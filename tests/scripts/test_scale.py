@@ -68,7 +68,7 @@ def test_caches_are_counted_as_ours_are_made(make_model):
     assert cache.nbytes == size_model.cache_bytes(shape, 50)
     tree, retrieval = TreeConfig(7, 3), RetrievalConfig(8, 5, 2)
     drafter = ClassicDrafter(make_model("gqa"), SpecExtendConfig.specextend(tree=tree, retrieval=retrieval), 97)
-    drafter._reset(100, 50)
+    drafter._reset(100, 50, 0)
     assert drafter.cache.working.capacity == size_model.working_tokens(tree, retrieval)
 
 
