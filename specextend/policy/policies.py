@@ -20,10 +20,10 @@ from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
-GAIN_ROUNDS = 16  # that the mean of what speculating gained goes over
+GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
 FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
 MOST_GAIN = 2.0  # tokens
-FIRST_PAUSE, LONGEST_PAUSE = 4, 32  # rounds without speculation until it is tried again
+FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # rounds without speculation until it is tried again
 SETTLED = 16  # rounds of speculation after which the next pause is a short one again
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
 
