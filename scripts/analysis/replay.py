@@ -224,7 +224,7 @@ def machines() -> dict[str, Costs]:
 def policies(costs: Costs) -> Iterator[tuple[str, Policy]]:
     """What is compared: the default, the paper's tree, and fixed ones that suit one machine or the other."""
     fresh = Costs(costs.verify_curve, costs._measured)
-    yield "priced", PricedTree(replace(TreeConfig.priced(), nodes=63), fresh, 4)
+    yield "priced", PricedTree(TreeConfig.priced(), fresh, 4)
     yield "paper", FixedTree(TreeConfig())
     yield "50, 0.15", FixedTree(TreeConfig(50, 10, 0.15))
     yield "50, 0.05", FixedTree(TreeConfig(50, 12, 0.05))

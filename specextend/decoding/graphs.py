@@ -6,9 +6,8 @@ is the eager backend's; the prefill, of which there is one per prompt, is the sa
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -206,14 +205,13 @@ class GraphBackend:
         """Replay a step; run it as it is where nothing is captured."""
         self._graphs.get(name, step)()
 
-    @contextmanager
-    def _capturing(self) -> Iterator[None]:
-        """Seconds of what is inside count as the output's `capture_s`."""
-        began = time.perf_counter()
-        yield
+    def _capturing(self) -> AbstractContextManager[None]:
+        """What is inside counts as the output's `capture_s`, up to the end of what it gave the device to do."""
+        return self._output.setting_up(self._synchronise)
+
+    def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._output.capture_s += time.perf_counter() - began
 
 
 class CapturedSteps:
