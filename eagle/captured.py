@@ -46,6 +46,14 @@ class EagleDraft(TreeDraft):
     def follow(self, target: FusedTarget) -> None:
         self._states.copy_(self._head.states(target.features.index_select(0, self._tree.path)))
 
+    def follow_alone(self, target: FusedTarget) -> None:
+        self._states.index_copy_(0, (self._tree.count - 1).reshape(1), self._head.states(target.features[:1]))
+
+    def absorb(self) -> None:
+        newest = self._states.index_select(0, (self._tree.count - 1).reshape(1))
+        super().absorb()
+        self._states[:1] = newest
+
     def _read_newest(self, tokens, count, *, mask):
         hidden = self._run(tokens, self._states.clone(), self._newest, full=self._full_layer(0), mask=mask)
         self._hidden = hidden.index_select(0, (count - 1).reshape(1))

@@ -73,7 +73,7 @@ class EagleDrafter(TreeDrafter):
         # a round's pairs come with the next one's tree; keys and values follow from a pair alone, whenever it came
         if not emitted:
             return prompt_tokens - 1
-        behind = max(len(self._tokens) - emitted[-1], 0)  # of rounds that did not speculate
+        behind = max(len(self._tokens) - emitted[-1], self.waiting - emitted[-1], 0)  # of rounds that did not speculate
         return prompt_tokens + sum(emitted[:-1]) - behind
 
     def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:

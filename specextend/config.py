@@ -24,6 +24,7 @@ TREE_RULES: tuple[str, ...] = ("fixed", "price")
 DRAFTINGS: tuple[str, ...] = ("model", "self", "hierarchy", "lookup", "none", "hugging_face")
 WITHOUT_DRAFT_CACHE = ("lookup", "none", "hugging_face")
 MAX_NODES, MAX_DEPTH = 1024, 128
+CALIBRATION_CELLS = 12  # of a draft's probabilities, see `policy/calibration.py`
 MAX_TOKENS = 1 << 20  # of anything that is counted in tokens, chunks or rounds: more than any model holds
 
 

@@ -29,7 +29,7 @@ from specextend.decoding.processors import ProcessedChooser
 from specextend.decoding.sampling import chooser
 from specextend.decoding.session import Session
 from specextend.decoding.text import TextStream, TokenDecoder
-from specextend.drafting.drafter import Drafter
+from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.prompt_lookup import PromptLookup
 from specextend.drafting.retrieval import retriever
 from specextend.drafting.self_speculation import HierarchicalDrafter, SelfDrafter, SparseTarget
@@ -306,8 +306,10 @@ class SpecExtend:
         if not captured:
             return EagerBackend(*parts)
         from specextend.decoding.graphs import GraphBackend
+        from specextend.decoding.priced_graphs import PricedGraphs
 
-        return GraphBackend(*parts)
+        is_priced = config.tree.rule == "price" and isinstance(drafter, TreeDrafter)
+        return (PricedGraphs if is_priced else GraphBackend)(*parts)
 
     def _begin(
         self, prompt: Prompt, max_new_tokens: int, sampling: SamplingConfig, stop: Sequence[str],
@@ -386,8 +388,6 @@ def why_not_captured(models: LoadedModels, config: SpecExtendConfig, drafter: Dr
         return f"the kernels do not compute what {models.name} computes"
     if config.drafting == "hugging_face":
         return "transformers' own loop is not captured"
-    if config.tree.rule == "price" and config.drafting == "model":
-        return "trees that are priced by measured time are not captured"
     if config.slots.verify > MAX_SLOTS:
         return f"trees of more than {MAX_SLOTS} slots are not captured"
     return None if drafter is None or drafter.can_capture else f"{name_of(config)}'s draft cannot be captured"

@@ -24,7 +24,7 @@ from specextend.drafting.expansion import Level, grow
 from specextend.engine import SpecExtend
 from specextend.evaluation.plan import read_buckets
 from specextend.policy.costs import Costs, Curve
-from specextend.policy.policies import FixedTree, Policy, PricedTree
+from specextend.policy.policies import Drafted, FixedTree, Policy, PricedTree
 from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
@@ -146,7 +146,9 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
             seconds["draft"] = costs.draft(len(drafted.passes), sum(drafted.passes))
             if refresh and (score.rounds - score.plain_rounds) % every == 0:
                 seconds["retrieve"] = refresh
-        policy.learn(drafted and drafted.tree, drafted.passes if drafted else (), verified, tokens, seconds, context)
+        policy.learn(
+            drafted and Drafted.of(drafted.tree), drafted.passes if drafted else (), verified, tokens, seconds, context
+        )
         score.tokens += len(tokens)
         score.seconds += sum(seconds.values())
         score.plain_seconds += sum(float(costs.verify(1, context + i)[0]) for i in range(len(tokens)))

@@ -72,8 +72,11 @@ class Settings:
     eagle_seconds: float = 400.0  # of training, for all heads at once
     eagle_budget: int = 0  # steps, instead of seconds
     eagle_lr: float = 1e-3  # of AdamW: EAGLE-3's readout and the norms
+    eagle_matrix_lr: float = 0.008
+    eagle_decay: float = 1.0  # heads forget what they learn at a high rate: theirs falls from the beginning
     eagle_validations: int = 8
 
+    lr_decay: float = 0.5  # last share of a training's budget over which the learning rates fall to nothing
     matrix_lr: float = 0.02
     adam_lr: float = 3e-3
     weight_decay: float = 0.1
@@ -122,7 +125,10 @@ class Settings:
     def of_heads(self) -> "Settings":
         """As the trainer of heads reads them."""
         budget = {"step_seconds": 1.0, "eagle_seconds": float(self.eagle_budget)} if self.eagle_budget else {}
-        return dataclasses.replace(self, adam_lr=self.eagle_lr, validations=self.eagle_validations, **budget)
+        return dataclasses.replace(
+            self, adam_lr=self.eagle_lr, matrix_lr=self.eagle_matrix_lr, lr_decay=self.eagle_decay,
+            validations=self.eagle_validations, **budget,
+        )  # fmt: skip
 
     def smoke(self) -> "Settings":
         """The same shapes, a few seconds per stage, on a slice of the corpus."""

@@ -172,9 +172,9 @@ class Trainer:
         return loss.detach()
 
     def _schedule(self) -> float:
-        """Warm-up in steps, then flat, then linearly down over the last half of the budget."""
-        progress = self.clock.elapsed / self.seconds
-        return min(1.0, (self.steps + 1) / self.settings.warmup_steps) * min(1.0, max(0.01, (1 - progress) / 0.5))
+        """Warm-up in steps, then flat, then linearly down over the last `lr_decay` of the budget."""
+        left = (1 - self.clock.elapsed / self.seconds) / self.settings.lr_decay
+        return min(1.0, (self.steps + 1) / self.settings.warmup_steps) * min(1.0, max(0.01, left))
 
     def _log(self, phase: Phase, tally: dict, loss: Tensor) -> None:
         point = {

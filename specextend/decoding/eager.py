@@ -15,16 +15,14 @@ from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
-from specextend.policy.costs import Costs, Curve, measure_curve, measure_drafting
-from specextend.policy.policies import FixedTree, Policy, PricedTree
+from specextend.policy.costs import LONGER, SHORT, Costs, Curve, measure_curve, measure_drafting
+from specextend.policy.policies import Drafted, FixedTree, Policy, PricedTree
 from specextend.trees.acceptance import accept
 from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
 SLOTS = (1, 2, 4, 8, 16, 32, 64)  # of verifications that are timed
-SHORT = 256  # tokens of the shorter context that they are timed at
 BEHIND = 4  # paths that the draft may fall behind while nothing is drafted
-LONGER = 1.5  # times the longest context that was timed: beyond it they are timed anew
 
 
 class EagerBackend:
@@ -59,10 +57,11 @@ class EagerBackend:
 
     def plan(self) -> None:
         output = self._output
-        if output.rounds:
+        if output.rounds and self._is_priced:
             last = output.rounds[-1]
             passes = self._drafter.passes if self._drafted else ()
-            self._policy.learn(self._drafted, passes, len(self._tree), self._emitted, last.seconds, self._context)
+            drafted = self._drafted and Drafted.of(self._drafted)
+            self._policy.learn(drafted, passes, len(self._tree), self._emitted, last.seconds, self._context)
         self._context = output.context
         self._growth: Growth | None = self._policy.plan(self._context)
         output.price = self._policy.price

@@ -6,7 +6,6 @@ is the eager backend's; the prefill, of which there is one per prompt, is the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,7 +15,7 @@ from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt
 from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
-from specextend.drafting.captured import CapturedDraft, span_for
+from specextend.drafting.captured import CapturedDraft, Run, Step, span_for
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.retrieval import Retriever, select_positions
 from specextend.kernels.tree import TreeNodes
@@ -24,8 +23,6 @@ from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.llama_blocks import Workspaces
 from specextend.modeling.target import Target
 from specextend.trees.tree import DraftTree
-
-Step = Callable[[], None]
 
 
 class GraphBackend:
@@ -193,13 +190,17 @@ class GraphBackend:
 
         with self._capturing():
             for handle in (run, capture):
-                if self._retriever.is_due(0, 0):  # a draft that keeps everything is never refreshed
-                    handle("refresh", self._refresh)
-                self._draft.draft(handle, every_level=True)
-                handle("verify", self._verify)
-                handle("accept", self._accept)
+                self._each_step(handle)
                 for value, old in zip(state, saved, strict=True):
                     value.copy_(old)
+
+    def _each_step(self, handle: Run) -> None:
+        """Let `handle` have every step that a round may need."""
+        if self._retriever.is_due(0, 0):  # a draft that keeps everything is never refreshed
+            handle("refresh", self._refresh)
+        self._draft.draft(handle, every_level=True)
+        handle("verify", self._verify)
+        handle("accept", self._accept)
 
     def _run(self, name: str, step: Step) -> None:
         """Replay a step; run it as it is where nothing is captured."""

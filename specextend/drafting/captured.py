@@ -23,7 +23,8 @@ from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_n
 from specextend.modeling.static_cache import StaticCache
 
 SPAN = 512  # contexts of dense attention, and buffers of token ids, are multiples of it
-Run = Callable[[str, Callable[[], None]], None]  # runs, captures or replays a step, which it knows by its name
+Step = Callable[[], None]
+Run = Callable[[str, Step], None]  # runs, captures or replays a step, which it knows by its name
 
 
 class CapturedDraft:
@@ -250,6 +251,19 @@ class TreeDraft(CapturedDraft):
         self.working.keys[:, :, : len(at)] = self._rope.rotate(self.full.keys.index_select(2, at), 0)
         self.working.values[:, :, : len(at)] = self.full.values.index_select(2, at)
         self.working.length.copy_(exist.sum())
+
+    def absorb(self) -> None:
+        """Read all that was emitted but the newest token, without proposing anything."""
+        tree = self._tree
+        tree.count -= 1
+        self._read_newest(tree.emitted, tree.count, mask=self._mask(self._newest))
+        for cache in self.caches:
+            cache.length += tree.count
+        tree.emitted[:1] = tree.emitted.index_select(0, tree.count.reshape(1))
+        tree.count.fill_(1)
+
+    def follow_alone(self, target: FusedTarget) -> None:
+        """Take notice of the one token that `target` chose after a root alone."""
 
     def _grow(self) -> None:
         for level in range(self._depth):

@@ -87,11 +87,15 @@ class Drafter:
 class TreeDrafter(Drafter):
     """What drafters with a cache of their own share: who attends to what, in the prompt and in the tree.
 
+    Attributes:
+        waiting: tokens that captured rounds have emitted and not read yet.
     Args:
         shape: config of the draft's layers, for the shape of the cache.
         rotary: the draft's own rotary embedding; the draft itself runs un-rotated, see `DraftCache`.
         config: its switches are resolved here.
     """
+
+    waiting = 0
 
     def __init__(
         self, shape: PreTrainedConfig, rotary: nn.Module, dtype: torch.dtype, device: torch.device,

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specextend.config import TreeConfig
+from specextend.config import CALIBRATION_CELLS, TreeConfig
 from specextend.kernels.tree_attention import pack_mask
 
 WORD = 32
 CHUNK = 4096  # logits at a time
 ROOM = 1024  # of them that may come close to the best
+CELLS = tl.constexpr(CALIBRATION_CELLS)
 BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # of a float32 that holds a value of the dtype
 
 
@@ -54,8 +55,9 @@ def _take(key, lowest, needed, above_so_far, equal_so_far):
 
 @triton.jit
 def _children(
-    logits, above, names, close, close_at, tokens, scores, state, vocab, stride, width,
-    NAMED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, ROOM: tl.constexpr, BITS: tl.constexpr,
+    logits, above, names, close, close_at, tokens, scores, given, bounds, state, vocab, stride, width,
+    NAMED: tl.constexpr, CALIBRATED: tl.constexpr, KEPT: tl.constexpr, CHUNK: tl.constexpr, ROOM: tl.constexpr,
+    BITS: tl.constexpr,
 ):  # fmt: skip
     """The `width` most probable tokens after one node, with the scores of the paths to them.
 
@@ -118,8 +120,22 @@ def _children(
             if NAMED:
                 token = tl.load(names + token, taken, 0).to(tl.int32)
             tl.store(tokens + row * KEPT + place, token, taken)
-            score = tl.load(source + lane, taken, 0.0).to(tl.float32) - normal
-            tl.store(scores + row * KEPT + place, tl.minimum(score, 0.0) + path, taken)
+            score = tl.minimum(tl.load(source + lane, taken, 0.0).to(tl.float32) - normal, 0.0)
+            if CALIBRATED:
+                tl.store(given + row * KEPT + place, score, taken)
+                score = _worth(score, bounds + 2, taken)
+            tl.store(scores + row * KEPT + place, score + path, taken)
+
+
+@triton.jit
+def _worth(given, table, taken):
+    """Log-probability of acceptance where the draft gives `given`, by a `Calibration.table`."""
+    cell = tl.minimum((tl.sqrt(-given) * 4).to(tl.int32), CELLS - 1)
+    start, end = cell * 0.25, (cell + 1) * 0.25
+    share = tl.minimum((-given - start * start) / (end * end - start * start), 1.0)
+    low = tl.load(table + cell, taken, 0.0)
+    high = tl.load(table + cell + 1, taken, 0.0)
+    return low + share * (high - low) + tl.minimum(given + CELLS * CELLS * 0.0625, 0.0)
 
 
 @triton.jit
@@ -141,10 +157,10 @@ def _lowest_of_best(key, count, BITS: tl.constexpr):
 
 @triton.jit
 def _level(
-    child_tokens, child_scores, level_tokens, below, above, tokens, parents, scores, words, state,
-    level, wide, width, nodes, threshold, floor,
-    KEPT: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr,
-    LANES: tl.constexpr,
+    child_tokens, child_scores, child_given, level_tokens, below, above, tokens, parents, scores, given, words,
+    bounds, state, level, wide, width, nodes,
+    CALIBRATED: tl.constexpr, KEPT: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr, SIZE: tl.constexpr,
+    ALL: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Keep the `width` best of a level's `wide` * `width` candidates, write them down, and see whether it goes on.
 
@@ -167,7 +183,9 @@ def _level(
         tl.store(above + place, score, taken)
         tl.store(tokens + first + place, token, taken)
         tl.store(parents + first + place, tl.where(level > 0, row + 1 + first - width, 0), taken)
-        tl.store(scores + first + place, tl.where(score >= floor, score, float("-inf")), taken)
+        tl.store(scores + first + place, tl.where(score >= tl.load(bounds + 1), score, float("-inf")), taken)
+        if CALIBRATED:
+            tl.store(given + first + place, tl.load(child_given + row * KEPT + column, taken, 0.0), taken)
         tl.debug_barrier()
 
         parent = tl.load(below + lane, is_lane, 0)
@@ -184,7 +202,8 @@ def _level(
         total = tl.sum(tl.where(best, tl.exp(everything), 0.0), 0)
         expected = tl.load(state + 1)
         tl.debug_barrier()
-        if total - expected >= threshold:
+        tl.store(state + 2, level + 1.0)
+        if total - expected >= tl.load(bounds):
             tl.store(state + 1, total)
         else:
             tl.store(state, 0.0)
@@ -192,9 +211,10 @@ def _level(
 
 @triton.jit
 def _tree(
-    root, tokens, parents, scores, words, kept, order, tree_tokens, tree_parents, tree_depth, tree_used, tree_words,
+    root, tokens, parents, scores, given, words, kept, order,
+    tree_tokens, tree_parents, tree_depth, tree_used, tree_words, sheet, state,
     candidates, width, slots,
-    WORDS: tl.constexpr, TREE_WORDS: tl.constexpr, ALL: tl.constexpr, SLOTS: tl.constexpr,
+    CALIBRATED: tl.constexpr, WORDS: tl.constexpr, TREE_WORDS: tl.constexpr, ALL: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """The `slots` best of root and candidates, in order; candidate c is node c + 1 of all, the root node 0."""
     node = tl.arange(0, ALL)
@@ -217,6 +237,13 @@ def _tree(
     tl.store(tree_depth + slot, (at + width - 1) // width, is_slot)
     reached = tl.load(scores + at - 1, is_child, 0.0)  # the root always is
     tl.store(tree_used + slot, (reached > float("-inf")).to(tl.int32), is_slot)
+    if CALIBRATED:
+        tl.store(sheet, tl.load(state + 2))
+        tl.store(sheet + 1 + slot, token.to(tl.float32), is_slot)
+        tl.store(sheet + 1 + slots + slot, parent.to(tl.float32), is_slot)
+        tl.store(sheet + 1 + 2 * slots + slot, ((at + width - 1) // width).to(tl.float32), is_slot)
+        tl.store(sheet + 1 + 3 * slots + slot, tl.load(given + at - 1, is_child, 0.0), is_slot)
+        tl.store(sheet + 1 + 4 * slots + slot, reached, is_slot)
 
     for w in range(TREE_WORDS):
         bit = tl.arange(0, 32)
@@ -287,21 +314,26 @@ class TreeNodes:
     Args:
         slots: T, the root included.
         depth: of the deepest path; P = depth + 1 tokens at most come out of a round.
+        verdict: nodes that are judged in this one's stead in other rounds, and share what is said of the verdict.
     Attributes:
         tokens: [T] int64, parents, depth, used: [T] int32, ancestor_bits: [T, ceil(T / 32)] int32 of the tree.
         path, emitted: [P] int64, count, newest: [] int64 of the verdict; beyond `count` anything.
         report: [2 + P] int64, what the host reads of a round: drafted nodes, `count`, `emitted`.
     """
 
-    def __init__(self, slots: int, depth: int, device: torch.device):
+    def __init__(self, slots: int, depth: int, device: torch.device, verdict: TreeNodes | None = None):
         self.slots = slots
-        steps = min(depth + 1, slots)
         self.tokens, self.parents = _zeros(device, slots, dtype=torch.int64), _zeros(device, slots)
         self.depth, self.used = _zeros(device, slots), _zeros(device, slots)
         self.ancestor_bits = _zeros(device, slots, -(-slots // WORD))
-        self.path, self.report = _zeros(device, steps, dtype=torch.int64), _zeros(device, 2 + steps, dtype=torch.int64)
+        steps = min(depth + 1, slots)
+        if verdict is None:
+            self.path, self.report = (_zeros(device, size, dtype=torch.int64) for size in (steps, 2 + steps))
+            self.newest, self.start = (_zeros(device, dtype=torch.int64) for _ in range(2))
+        else:
+            self.path, self.report = verdict.path, verdict.report
+            self.newest, self.start = verdict.newest, verdict.start
         self.drafted, self.count, self.emitted = self.report[0], self.report[1], self.report[2:]
-        self.newest, self.start = _zeros(device, dtype=torch.int64), _zeros(device, dtype=torch.int64)
 
     @classmethod
     def chain(cls, length: int, device: torch.device) -> TreeNodes:
@@ -334,6 +366,15 @@ class TreeNodes:
             WORDS=self.ancestor_bits.shape[1], SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
         )  # fmt: skip
 
+    def append(self, chosen: Tensor, length: Tensor) -> None:
+        """The verdict on a root alone: its successor `chosen` [1] int64 joins what was `emitted` and not read yet."""
+        self.start.copy_(length)
+        self.emitted.index_copy_(0, self.count.reshape(1), chosen)
+        self.count += 1
+        length += 1
+        self.newest.zero_()
+        self.drafted.zero_()
+
     def compact(self, keys: Tensor, values: Tensor) -> None:
         """Move the accepted rows of `keys` and `values` [L, H_kv, S, D] to the front of the scratch."""
         if self.slots == 1:
@@ -350,23 +391,29 @@ class TreeBuffers(TreeNodes):
     """What growing trees of one `TreeConfig` needs besides."""
 
     def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
-        self._config, self._vocab_size = config, vocab_size
-        self._floor = math.log(config.min_probability) if config.min_probability else -math.inf
+        self._nodes, self._vocab_size, self._is_calibrated = config.nodes, vocab_size, config.rule == "price"
+        assert vocab_size <= 1 << 24, "a float32 must hold every token"
+        floor = math.log(config.min_probability) if config.min_probability else -math.inf
+        # threshold, floor, and a table of what the draft's probabilities are worth: a captured graph reads them here
+        self.bounds = torch.tensor([config.threshold, floor, *[0.0] * (CALIBRATION_CELLS + 1)], device=device)
         self.width = width = min(config.nodes, vocab_size)
         every = width * config.max_depth
         super().__init__(min(config.nodes, every) + 1, config.max_depth, device)
         self.kept_per_row = triton.next_power_of_2(width)
         self.child_tokens = _zeros(device, width, self.kept_per_row)
         self.child_scores = _zeros(device, width, self.kept_per_row, dtype=torch.float32)
+        self.child_given = torch.zeros_like(self.child_scores)
         self._close_at = _zeros(device, width, ROOM)
         self.level_tokens = _zeros(device, width, dtype=torch.int64)
         self.below = _zeros(device, width, dtype=torch.int64)
         self.above = _zeros(device, width, dtype=torch.float32)
         self.all_tokens, self.all_parents = _zeros(device, every, dtype=torch.int64), _zeros(device, every)
-        self.all_scores, self.state = (_zeros(device, size, dtype=torch.float32) for size in (every, 2))
+        self.all_scores, self.all_given = (_zeros(device, every, dtype=torch.float32) for _ in range(2))
+        self.state = _zeros(device, 3, dtype=torch.float32)  # still grows, expected length, levels
         self.all_ancestor_bits = _zeros(device, every, -(-every // WORD))
         self.kept, self.order = _zeros(device, self.slots), _zeros(device, every + 1)
-        self._fresh = torch.tensor([1.0, 0.0], device=device)  # a tree still grows, and expects nothing
+        self._fresh = torch.tensor([1.0, 0.0, 0.0], device=device)
+        self.sheet = _zeros(device, 1 + 5 * self.slots, dtype=torch.float32)  # levels, then as `Drafted`
 
     def sprout(self) -> None:
         """Start a new tree; levels that are never added hold nothing."""
@@ -388,28 +435,30 @@ class TreeBuffers(TreeNodes):
         close = logits.new_empty(wide, ROOM)
         _children[(wide,)](
             logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
-            self.child_scores, self.state, vocab, logits.stride(0), self.width, NAMED=names is not None,
+            self.child_scores, self.child_given, self.bounds, self.state, vocab, logits.stride(0), self.width,
+            NAMED=names is not None, CALIBRATED=self._is_calibrated,
             KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
             BITS=BITS[logits.dtype], num_warps=8,
         )  # fmt: skip
         words = self.all_ancestor_bits.shape[1]
         _level[(1,)](
-            self.child_tokens, self.child_scores, self.level_tokens, self.below, self.above,
-            self.all_tokens, self.all_parents, self.all_scores, self.all_ancestor_bits, self.state,
-            level, wide, self.width, self._config.nodes, self._config.threshold, self._floor,
+            self.child_tokens, self.child_scores, self.child_given, self.level_tokens, self.below, self.above,
+            self.all_tokens, self.all_parents, self.all_scores, self.all_given, self.all_ancestor_bits,
+            self.bounds, self.state, level, wide, self.width, self._nodes, CALIBRATED=self._is_calibrated,
             KEPT=self.kept_per_row, WORDS=words, PADDED=triton.next_power_of_2(words),
             SIZE=triton.next_power_of_2(self.width * wide),
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
         )  # fmt: skip
 
-    def finish(self, root: Tensor) -> None:
-        """The tree below `root` [] out of all levels."""
-        every = len(self.all_scores)
+    def finish(self, root: Tensor, tree: TreeNodes | None = None) -> None:
+        """The tree below `root` [] out of all levels; what fits into the slots of `tree`, where one is given."""
+        into, every = tree or self, len(self.all_scores)
         _tree[(1,)](
-            root, self.all_tokens, self.all_parents, self.all_scores, self.all_ancestor_bits, self.kept, self.order,
-            self.tokens, self.parents, self.depth, self.used, self.ancestor_bits, every, self.width, self.slots,
-            WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=self.ancestor_bits.shape[1],
-            ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
+            root, self.all_tokens, self.all_parents, self.all_scores, self.all_given, self.all_ancestor_bits,
+            self.kept, self.order, into.tokens, into.parents, into.depth, into.used, into.ancestor_bits, self.sheet,
+            self.state, every, self.width, into.slots, CALIBRATED=self._is_calibrated and tree is None,
+            WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=into.ancestor_bits.shape[1],
+            ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(into.slots), num_warps=4,
         )  # fmt: skip
 
 

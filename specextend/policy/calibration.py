@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CELLS = 12  # of -log(probability): cell k reaches from (k / 4)^2 to ((k + 1) / 4)^2, the last one to infinity
+from specextend.config import CALIBRATION_CELLS
+
+CELLS = (
+    CALIBRATION_CELLS  # of -log(probability): cell k reaches from (k / 4)^2 to ((k + 1) / 4)^2, the last to infinity
+)
 HALF_LIFE = 64  # rounds after which a sample counts half
 PRIOR = 4.0  # samples that say that the draft's probabilities are true, in every cell
 LEAST = 1e-4  # acceptance that no cell is believed to be below

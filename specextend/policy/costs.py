@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 REPEATS = 3
+SHORT = 256  # tokens of the shorter context that verifications are timed at
+LONGER = 1.5  # times the longest context that was timed: beyond it they are timed anew
 TOO_DEAR = 5.0  # verifications that cost so many times that of one token are not measured: no tree is worth them
 RECENT = 9  # rounds whose clocks correct what was measured
 FORGETS = 0.95  # weight of the last round's drafting when the next one is known
@@ -22,32 +24,51 @@ class Curve:
     Args:
         rows: measured, ascending; contexts: shorter and longer one, tokens.
         seconds: [2, len(rows)].
+        only: no other number of rows can be run: fewer cost what the cheapest size costs that holds them.
     """
 
-    def __init__(self, rows: Sequence[int], contexts: tuple[int, int], seconds: Sequence[Sequence[float]]):
-        self._rows, self._contexts = list(rows), contexts
-        self._seconds = np.maximum.accumulate(np.asarray(seconds, dtype=float), axis=1)  # noise is no discount
+    def __init__(
+        self, rows: Sequence[int], contexts: tuple[int, int], seconds: Sequence[Sequence[float]], *, only: bool = False
+    ):
+        self._rows, self._contexts, self._only = list(rows), contexts, only
+        self._seconds = np.asarray(seconds, dtype=float)
+        if not only:
+            self._seconds = np.maximum.accumulate(self._seconds, axis=1)  # noise is no discount
 
     @property
     def longest(self) -> int:
         """The longest context that was measured."""
         return self._contexts[1]
 
+    def size(self, rows: int, context: int) -> int:
+        """The cheapest of the measured sizes that hold `rows` rows; the largest where none does."""
+        fit = [index for index, size in enumerate(self._rows) if size >= rows] or [len(self._rows) - 1]
+        return self._rows[min(fit, key=lambda index: self._at(context)[index])]
+
     def upto(self, rows: int, context: int) -> NDArray[np.float64]:
         """Seconds for 1, 2, ..., `rows` rows behind `context` tokens."""
-        short, long = self._contexts
-        share = (context - short) / (long - short) if long > short else 1.0
-        at = np.maximum(self._seconds[0] + share * (self._seconds[1] - self._seconds[0]), 1e-9)
-        at = np.maximum.accumulate(at)
+        at = self._at(context)
         wanted = np.arange(1, rows + 1)
+        if self._only:
+            cheapest = np.minimum.accumulate(at[::-1])[::-1]
+            cheapest[0] = at[0]  # of one row: the step that does not speculate, whatever else would do
+            return np.append(cheapest, np.inf)[np.searchsorted(self._rows, wanted)]
+        at = np.maximum.accumulate(at)
         inside = np.interp(wanted, self._rows, at)
         if len(self._rows) > 1:  # beyond the last one as between the last two
             slope = (at[-1] - at[-2]) / (self._rows[-1] - self._rows[-2])
             inside = np.where(wanted > self._rows[-1], at[-1] + slope * (wanted - self._rows[-1]), inside)
         return inside
 
+    def _at(self, context: int) -> NDArray[np.float64]:
+        short, long = self._contexts
+        share = (context - short) / (long - short) if long > short else 1.0
+        return np.maximum(self._seconds[0] + share * (self._seconds[1] - self._seconds[0]), 1e-9)
 
-def measure_curve(run: Callable[[int, int], float], rows: Sequence[int], contexts: tuple[int, int]) -> Curve:
+
+def measure_curve(
+    run: Callable[[int, int], float], rows: Sequence[int], contexts: tuple[int, int], *, only: bool = False
+) -> Curve:
     """The curve of a step that `run(rows, context)` runs and times, in seconds; medians of a few turns.
 
     Rows take turns, so that a machine which slows down does so for all of them.
@@ -60,7 +81,7 @@ def measure_curve(run: Callable[[int, int], float], rows: Sequence[int], context
         if run(count, contexts[1]) > TOO_DEAR * first:
             break
     turns = [[[run(count, context) for count in kept] for context in contexts] for _ in range(REPEATS)]
-    return Curve(kept, contexts, np.median(np.asarray(turns), axis=0))
+    return Curve(kept, contexts, np.median(np.asarray(turns), axis=0), only=only)
 
 
 def measure_drafting(run: Callable[[int, int], float]) -> NDArray[np.float64]:
@@ -98,6 +119,10 @@ class Costs:
     def verify(self, slots: int, context: int) -> NDArray[np.float64]:
         """Seconds for verifying 1, 2, ..., `slots` slots."""
         return self._correction * self.verify_curve.upto(slots, context)
+
+    def size(self, slots: int, context: int) -> int:
+        """The cheapest verification that was measured and holds so many slots."""
+        return self.verify_curve.size(slots, context)
 
     def plain(self, context: int) -> float:
         """Seconds of a round that does not speculate."""

@@ -9,9 +9,11 @@ of a level. The price is the rate at which tokens come now, and never less than 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from specextend.config import TreeConfig
 from specextend.policy.calibration import Calibration
@@ -26,6 +28,26 @@ MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # rounds without speculation until it is tried again
 SETTLED = 16  # rounds of speculation after which the next pause is a short one again
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What a policy learns from of a tree before the cut; all [T], node 0 is the root.
+
+    Attributes:
+        tokens, parents, depth, logprobs, reach: as in `DraftTree`.
+    """
+
+    tokens: NDArray
+    parents: NDArray
+    depth: NDArray
+    logprobs: NDArray
+    reach: NDArray
+
+    @classmethod
+    def of(cls, tree: DraftTree) -> Drafted:
+        ids = (one.cpu().numpy() for one in (tree.tokens, tree.parents, tree.depth))
+        return cls(*ids, *(one.double().cpu().numpy() for one in (tree.logprobs, tree.reach)))
 
 
 class Policy(Protocol):
@@ -45,7 +67,7 @@ class Policy(Protocol):
         """What of a drafted tree is verified; the root alone if nothing is worth it."""
 
     def learn(
-        self, drafted: DraftTree | None, passes: Sequence[int], verified: int, tokens: list[int],
+        self, drafted: Drafted | None, passes: Sequence[int], verified: int, tokens: list[int],
         seconds: dict[str, float], context: int,
     ) -> None:  # fmt: skip
         """Take notice of a finished round.
@@ -115,23 +137,25 @@ class PricedTree:
         )  # fmt: skip
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
-        reach = np.sort(tree.reach[1:].double().exp().cpu().numpy())[::-1]
-        verify = self.costs.verify(len(tree), context)
+        return tree.most_probable(self.size(tree.reach[1:].double().cpu().numpy(), context))
+
+    def size(self, reach: NDArray[np.float64], context: int) -> int:
+        """How many of the nodes with these log-probabilities are verified, the most probable ones."""
+        verify = self.costs.verify(len(reach) + 1, context)
         # costs are a staircase: look at every size, never stop at the first that does not pay
-        worth = np.concatenate(([0.0], np.cumsum(reach))) - self._price * (verify - verify[0])
-        return tree.most_probable(int(worth.argmax()))
+        gains = np.concatenate(([0.0], np.cumsum(np.sort(np.exp(reach))[::-1])))
+        return int((gains - self._price * (verify - verify[0])).argmax())
 
     def learn(
-        self, drafted: DraftTree | None, passes: Sequence[int], verified: int, tokens: list[int],
+        self, drafted: Drafted | None, passes: Sequence[int], verified: int, tokens: list[int],
         seconds: dict[str, float], context: int,
     ) -> None:  # fmt: skip
         self.costs.learn(seconds, passes if drafted else None, slots=verified, context=context)
         if drafted is None:  # as cheap as can be: this is what autoregressive decoding is compared with
             return
         levels, rows = len(passes), sum(passes)
-        depth = drafted.depth.cpu().numpy()
-        reach = drafted.reach.double().exp().cpu().numpy()
-        self._learn_shape(depth, reach, levels, rows)
+        reach = np.exp(drafted.reach)
+        self._learn_shape(drafted.depth, reach, levels, rows)
         self._learn_acceptance(drafted, tokens)
         took = self._seconds_of(verified, levels, rows, context)
         self._tokens = RATE_MEMORY * self._tokens + len(tokens)
@@ -175,10 +199,9 @@ class PricedTree:
         if levels > 0:
             self._rows = 0.9 * self._rows + 0.1 * rows / levels
 
-    def _learn_acceptance(self, tree: DraftTree, tokens: list[int]) -> None:
+    def _learn_acceptance(self, tree: Drafted, tokens: list[int]) -> None:
         """The verdict on every node below an accepted one, those that were not verified included."""
-        parents, ids = tree.parents.cpu().numpy(), tree.tokens.cpu().numpy()
-        logprobs = tree.logprobs.double().cpu().numpy()
+        parents, ids = tree.parents, tree.tokens
         at, asked, answers = 0, [], []
         for token in tokens:
             children = np.flatnonzero(parents == at)
@@ -188,4 +211,4 @@ class PricedTree:
                 break
             at = int(children[answers[-1].argmax()])
         nodes = np.concatenate(asked)
-        self.calibration.learn(logprobs[nodes], np.concatenate(answers))
+        self.calibration.learn(tree.logprobs[nodes], np.concatenate(answers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,8 +10,9 @@ pytest.importorskip("triton")
 
 from specextend.config import TreeConfig  # noqa: E402
 from specextend.drafting.expansion import Level, grow  # noqa: E402
-from specextend.kernels.tree import TreeBuffers  # noqa: E402
+from specextend.kernels.tree import TreeBuffers, TreeNodes  # noqa: E402
 from specextend.kernels.tree_attention import pack_mask  # noqa: E402
+from specextend.policy.calibration import Calibration  # noqa: E402
 from specextend.trees.acceptance import accept  # noqa: E402
 from specextend.trees.growth import Growth  # noqa: E402
 from specextend.trees.tree import DraftTree  # noqa: E402
@@ -152,3 +154,55 @@ def test_one_set_of_buffers_serves_tree_after_tree():
     again, fresh = by_kernels(config, Draft(40, 2.0, 1), buffers), by_kernels(config, Draft(40, 2.0, 1))
     for name in ("tokens", "parents", "depth", "used", "ancestor_bits"):
         assert torch.equal(getattr(again, name), getattr(fresh, name)), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_calibrated_trees_are_those_of_the_definition_and_stand_in_the_sheet(seed):
+    random = np.random.default_rng(seed)
+    calibration, config = Calibration(), TreeConfig(12, 4, 0.0, rule="price")
+    for _ in range(30):
+        p = random.uniform(0.02, 0.98, 20)
+        calibration.learn(np.log(p), random.uniform(size=20) < p**2)
+    growth = Growth(12, 4, 0.02, 0.01, calibration)
+
+    def expand(level: Level) -> torch.Tensor:
+        return draft.level(level.tokens, level.parents).log_softmax(-1)
+
+    draft = Draft(97, 3.0, seed)
+    wanted = grow(torch.tensor(7, device=DEVICE), draft.root().log_softmax(-1), expand, growth)
+
+    buffers = TreeBuffers(config, 97, DEVICE)
+    buffers.bounds.copy_(torch.tensor([growth.threshold, np.log(growth.floor), *calibration.table]))
+    found = by_kernels(config, Draft(97, 3.0, seed), buffers)
+    assert paths(as_tree(found)) == paths(wanted)
+
+    levels, sheet = int(found.sheet[0]), found.sheet[1:].view(5, -1).cpu()
+    rows = sheet[:, sheet[4] > -torch.inf]
+    assert levels == int(wanted.depth.max()) or levels == int(wanted.depth.max()) + 1  # the last one may add nothing
+    assert rows[0, 1:].tolist() == as_tree(found).tokens[1:].tolist()  # the root is known
+    assert rows[1].tolist() == as_tree(found).parents.tolist()
+    rows[0, 0] = 7
+    scores = {tuple(wanted.tokens[row].tolist()): at for at, row in enumerate(wanted.ancestors)}
+    for at, row in enumerate(as_tree(found).ancestors):
+        same = scores[tuple(rows[0][row].long().tolist())]
+        assert rows[2, at] == wanted.depth[same]
+        torch.testing.assert_close(
+            rows[3:, at], torch.stack((wanted.logprobs, wanted.reach))[:, same], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_part_of_a_tree_holds_its_most_probable_nodes_and_shares_the_verdict():
+    config, draft = TreeConfig(15, 4, 0.0, rule="price"), Draft(97, 3.0, 0)
+    buffers = TreeBuffers(config, 97, DEVICE)
+    buffers.bounds.copy_(torch.tensor([0.0, -torch.inf, *Calibration().table]))
+    whole = by_kernels(config, draft, buffers)
+    part = TreeNodes(6, 0, DEVICE, verdict=whole)
+    whole.finish(torch.tensor(7, device=DEVICE), part)
+    wanted = by_definition(TreeConfig(15, 4, 0.0), Draft(97, 3.0, 0)).most_probable(5)
+    assert paths(as_tree(part)) == paths(wanted) and len(as_tree(part)) == 6
+    chosen, length = part.tokens[[1, *range(1, 6)]].clone(), torch.tensor(20, device=DEVICE)
+    part.accept(chosen, length)
+    assert int(whole.count) == int(part.count) == int(length) - 20 >= 2
+    count = int(whole.count)
+    part.append(torch.tensor([3], device=DEVICE), length)
+    assert int(whole.count) == count + 1 and int(whole.emitted[count]) == 3 and int(length) == 21 + count

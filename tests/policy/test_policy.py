@@ -13,7 +13,7 @@ from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig,
 from specextend.errors import ConfigError
 from specextend.policy.calibration import CELLS, Calibration
 from specextend.policy.costs import Costs, Curve, measure_curve
-from specextend.policy.policies import LONGEST_PAUSE, PricedTree
+from specextend.policy.policies import LONGEST_PAUSE, Drafted, PricedTree
 from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
 
@@ -146,7 +146,7 @@ def rounds(policy: PricedTree, accepts: bool, count: int) -> list[bool]:
         drafted = DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, scores, reach)
         kept = policy.cut(drafted, 100)
         tokens = [1, 2, 3, 4, 50][: len(kept)] if accepts else [50]
-        policy.learn(drafted, (1, 1, 1), len(kept), tokens, took, 100)
+        policy.learn(Drafted.of(drafted), (1, 1, 1), len(kept), tokens, took, 100)
     return done
 
 

@@ -1,0 +1,248 @@
+"""Captured rounds whose trees earn their time: a graph for every size of verification, and one that drafts nothing.
+
+Which of them runs is the policy's decision. What a round needs of it lies on the device before the draft begins (stop
+rule, floor, calibration), so that nothing is captured anew; the host looks once between draft and verification, at the
+size of the tree, and does its thinking while the target verifies.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specextend.decoding.graphs import GraphBackend, tree_of
+from specextend.decoding.output import Output
+from specextend.drafting.captured import Run, Step, TreeDraft
+from specextend.kernels.tree import TreeBuffers, TreeNodes
+from specextend.policy.costs import LONGER, REPEATS, SHORT, Costs, measure_curve
+from specextend.policy.policies import Drafted, PricedTree
+from specextend.trees.growth import Growth
+
+SIZES = (8, 16, 32, 64)  # slots of verifications that are captured, besides that of a root alone and the largest
+
+
+class PricedGraphs(GraphBackend):
+    """A `GraphBackend` for drafts that grow trees, as `PricedTree` decides."""
+
+    def __init__(self, target, drafter, retriever, config, prefixes=None):
+        super().__init__(target, drafter, retriever, config, prefixes)
+        self._config = config
+        self._policy: PricedTree | None = None
+        most = config.slots.verify
+        self._sizes = (1, *(size for size in SIZES if size < most), most)
+
+    # --- the steps of a round ---
+
+    def prefill(self, output: Output) -> Tensor:
+        first = super().prefill(output)
+        self._set_costs(output)
+        self._policy.begin()
+        self._next: Growth | None = self._policy.plan(output.context)
+        self._learnable: tuple[Drafted | None, int, int] | None = None  # of the last round: tree, levels, slots
+        self._unread = 1  # tokens that were emitted and that the draft has not read
+        self._working = self._slots.working or 0  # slots of the working cache that may be taken: it waits for a refresh
+        self._speculated = 0  # rounds that did
+        return first
+
+    def plan(self) -> None:
+        self._growth = self._next
+        self._output.price = self._policy.price
+
+    def refresh_is_due(self) -> bool:
+        if self._growth is not None:
+            if self._retriever.is_due(self._speculated, self._output.context):
+                return True
+            return self._lacks_room(self._slots.path)
+        return self._must_absorb and self._lacks_room(0)
+
+    def refresh(self) -> None:
+        super().refresh()
+        self._working = self._config.retrieval.top_k * self._config.retrieval.chunk_size
+
+    def draft(self) -> None:
+        if self._reserved.is_short(self._output.context):
+            self._grow()
+        if self._growth is None:
+            if self._must_absorb:
+                self._run("absorb", self._draft.absorb)
+                self._read_by_draft(self._unread - 1)
+            self._size, self._drafted = 1, None
+        else:
+            self._speculated += 1
+            self._put_bounds(self._growth)
+            self._draft.draft(self._run)
+            self._read_by_draft(self._unread)
+            self._sheet.copy_(self._tree.sheet, non_blocking=True)
+            self._synchronise()
+            self._drafted, self._levels = self._read_sheet(), int(self._sheet[0])
+            reach, context = self._drafted.reach[1:], self._output.context
+            self._size = max(self._policy.costs.size(self._policy.size(reach, context) + 1, context), self._sizes[1])
+        if self._output.observer:
+            self._run(f"tree {self._size}", self._finish(self._size))
+            self._output.observer.drafted(tree_of(self._parts[self._size]))
+
+    def verify(self) -> None:
+        size, output = self._size, self._output
+        self._run(f"verify {size}", self._verify_step(size))
+        nodes = self._parts[size]
+        self._chosen[:size] = output.choose(self._logits_of[size], nodes, output.new_tokens)
+        if output.observer:
+            output.observer.verified(tree_of(nodes), self._logits_of[size][nodes.used.bool()].clone())
+        self._think()
+
+    def accept(self) -> None:
+        size = self._size
+        self._run(f"accept {size}", self._accept_step(size))
+        if self._output.observer:
+            nodes = self._parts[size]
+            places = torch.cumsum(nodes.used.long(), 0) - 1
+            path = nodes.path[: int(nodes.count)] if size > 1 else nodes.path[:1].zero_()
+            self._output.observer.accepted(places[path])
+
+    def read(self) -> tuple[int, list[int]]:
+        drafted, emitted = super().read()
+        if self._size == 1:
+            emitted = emitted[-1:]
+        self._unread += len(emitted)
+        self._drafter.waiting = self._unread
+        return drafted, emitted
+
+    # --- deciding ---
+
+    def _think(self) -> None:
+        """Learn from the last round, and decide on the next; the device is busy with this one."""
+        output = self._output
+        if self._learnable is not None:
+            drafted, levels, size = self._learnable
+            last = output.rounds[-1]
+            passes = [self._tree.width] * max(levels - 1, 0)
+            self._policy.learn(drafted, passes, size, last.tokens, last.seconds, output.context - len(last.tokens))
+        self._learnable = self._drafted, self._levels if self._drafted else 0, self._size
+        self._next = self._policy.plan(output.context)
+
+    def _put_bounds(self, growth: Growth) -> None:
+        floor = math.log(growth.floor) if growth.floor else -math.inf
+        self._bounds[:] = torch.tensor([growth.threshold, floor, *growth.calibration.table])
+        self._tree.bounds.copy_(self._bounds, non_blocking=True)
+
+    def _read_sheet(self) -> Drafted:
+        rows = self._sheet[1:].numpy().reshape(5, -1).copy()
+        rows = rows[:, rows[4] > -math.inf]
+        return Drafted(*rows[:3].astype(int), *rows[3:].astype(float))
+
+    @property
+    def _must_absorb(self) -> bool:
+        return self._unread >= self._slots.path
+
+    def _lacks_room(self, more: int) -> bool:
+        return self._slots.working is not None and self._working + self._unread + more > self._slots.working
+
+    def _read_by_draft(self, tokens: int) -> None:
+        self._working += tokens
+        self._unread -= tokens
+
+    # --- the steps that are captured ---
+
+    @property
+    def _tree(self) -> TreeBuffers:
+        return self._draft.nodes
+
+    def _build(self) -> None:
+        super()._build()
+        assert isinstance(self._draft, TreeDraft)
+        tree, cuda = self._tree, self.device.type == "cuda"
+        self._parts = {size: TreeNodes(size, 0, self.device, verdict=tree) for size in self._sizes}
+        alone = self._parts[1]
+        alone.parents.fill_(-1), alone.used.fill_(1), alone.ancestor_bits.fill_(1)
+        self._logits_of: dict[int, Tensor] = {}
+        self._sheet = torch.zeros(len(tree.sheet), pin_memory=cuda)
+        self._bounds = torch.zeros(len(tree.bounds), pin_memory=cuda)
+
+    def _each_step(self, handle: Run) -> None:
+        if self._retriever.is_due(0, 0):
+            handle("refresh", self._refresh)
+        self._draft.draft(handle, every_level=True)
+        for size in self._sizes:
+            handle(f"tree {size}", self._finish(size))
+            handle(f"verify {size}", self._verify_step(size))
+            handle(f"accept {size}", self._accept_step(size))
+        self._tree.count.fill_(2)
+        handle("absorb", self._draft.absorb)
+
+    def _finish(self, size: int) -> Step:
+        nodes, tree = self._parts[size], self._tree
+        if size == 1:
+            return lambda: nodes.tokens.copy_(tree.root)
+        return lambda: tree.finish(tree.root, nodes)
+
+    def _verify_step(self, size: int) -> Step:
+        def step() -> None:
+            self._finish(size)()
+            self._logits_of[size] = self._target.verify(self._parts[size])
+
+        return step
+
+    def _accept_step(self, size: int) -> Step:
+        nodes = self._parts[size]
+
+        def step() -> None:
+            cache = self._target.cache
+            if size == 1:
+                nodes.append(self._chosen[:1], cache.length)
+                self._draft.follow_alone(self._target)
+            else:
+                nodes.accept(self._chosen[:size], cache.length)
+                nodes.compact(cache.keys, cache.values)
+                self._draft.follow(self._target)
+            self._report.copy_(nodes.report, non_blocking=True)
+
+        return step
+
+    # --- what they cost ---
+
+    def _set_costs(self, output: Output) -> None:
+        """Time the steps behind a prompt of this length, unless that is known."""
+        context = output.prompt_tokens
+        known = self._policy.costs if self._policy else None
+        if known and context <= LONGER * known.verify_curve.longest:
+            return
+        state = [*self._draft.state, self._target.cache.length]
+        saved = [value.clone() for value in state]
+
+        def verification(size: int, length: int) -> float:
+            self._target.cache.length.fill_(min(length, context))
+            return self._seconds_of(lambda: self._run(f"verify {size}", self._verify_step(size)))
+
+        with self._capturing():
+            verify = measure_curve(verification, self._sizes, (min(SHORT, context), context), only=True)
+            if known:
+                known.verify_curve = verify
+            else:
+                costs = Costs(verify, self._drafting_seconds())
+                self._policy = PricedTree(self._config.tree, costs, self._config.retrieval.every_n_steps)
+            for value, old in zip(state, saved, strict=True):
+                value.copy_(old)
+
+    def _drafting_seconds(self) -> NDArray[np.float64]:
+        """Seconds of reading the newest tokens, of a level, and of each of its rows; levels are of one size here."""
+
+        def drafting(threshold: float) -> float:
+            self._tree.bounds[0] = threshold
+            return self._seconds_of(lambda: self._draft.draft(self._run))
+
+        thresholds = math.inf, -math.inf  # no level after the first, every level
+        reading, every = np.median([[drafting(one) for one in thresholds] for _ in range(REPEATS)], axis=0)
+        level = (every - reading) / max(self._config.tree.max_depth - 1, 1)
+        return np.array([reading, max(level, 1e-7), 0.0])
+
+    def _seconds_of(self, step: Step) -> float:
+        self._synchronise()
+        began = time.perf_counter()
+        step()
+        self._synchronise()
+        return time.perf_counter() - began

@@ -1,0 +1,116 @@
+"""Priced trees in captured steps, run as they are by Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import backend_of
+
+pytest.importorskip("triton")
+
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
+from specextend.decoding import priced_graphs as priced_module  # noqa: E402
+from specextend.decoding.priced_graphs import PricedGraphs  # noqa: E402
+from specextend.policy import costs as costs_module  # noqa: E402
+from specextend.policy.costs import Costs, Curve  # noqa: E402
+from specextend.policy.policies import PricedTree  # noqa: E402
+from specextend.trees.growth import Growth  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="models of the tests are on the CPU"),
+]
+
+
+@pytest.fixture
+def captured(make_engine, monkeypatch):
+    """captured(target, draft, config): an engine whose rounds are captured."""
+
+    def make(target, draft, config: SpecExtendConfig):
+        with monkeypatch.context() as patch:
+            patch.setattr("specextend.engine.why_not_captured", lambda *_: None)
+            engine = make_engine(target, draft, config)
+        assert engine.backend == "graphs"
+        return engine
+
+    return make
+
+
+@pytest.fixture
+def known_costs(monkeypatch):
+    """Nothing is timed: the interpreter's clock says nothing, and it is slow."""
+
+    def set_costs(self, output) -> None:
+        sizes = self._sizes
+        curve = Curve(sizes, (10, 100), [[4e-3 + 1e-4 * index for index in range(len(sizes))]] * 2, only=True)
+        self._policy = PricedTree(self._config.tree, Costs(curve, np.array([2e-4, 2e-4, 0.0])), 2)
+
+    monkeypatch.setattr(PricedGraphs, "_set_costs", set_costs)
+
+
+def priced(nodes: int, depth: int, **settings) -> SpecExtendConfig:
+    return SpecExtendConfig.specextend(
+        tree=TreeConfig(nodes, depth, 0.0, rule="price"), retrieval=RetrievalConfig(4, 3, 2), **settings
+    )
+
+
+@pytest.mark.usefixtures("known_costs")
+@pytest.mark.parametrize(
+    ("cache", "sampling"),
+    [("full", SamplingConfig()), ("streaming", SamplingConfig(0.8, seed=3)), ("retrieval", SamplingConfig())],
+)
+def test_no_decision_changes_a_token(
+    cache, sampling, captured, make_model, perturbed, make_engine, make_prompt, monkeypatch
+):
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(target, perturbed(target, 0.3), priced(4, 2, draft_cache=cache))
+    random = np.random.default_rng(7)
+    monkeypatch.setattr(PricedTree, "size", lambda self, reach, context: int(random.integers(0, len(reach) + 1)))
+    plan = PricedTree.plan
+
+    def thrown(self, context):
+        plan(self, context)
+        if random.uniform() < 0.5:
+            return None
+        return Growth(4, 2, random.choice([0.0, 0.4]), random.choice([0.0, 0.05]), self.calibration)
+
+    monkeypatch.setattr(PricedTree, "plan", thrown)
+    plain = make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(15), 10, sampling=sampling)
+    found = engine.generate(make_prompt(15), 10, sampling=sampling)
+    assert found.token_ids == plain.token_ids
+    assert 0 < found.plain_share < 1
+
+
+@pytest.mark.usefixtures("known_costs")
+def test_a_pause_leaves_no_hole_in_the_drafts_cache(captured, make_model, make_prompt, monkeypatch):
+    """The draft is the target itself: whatever pauses there were, what it proposes next must be accepted."""
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(target, target, priced(2, 2, draft_cache="full"))
+    turns = iter([True, False, True, *[False] * 4, *[True] * 9])
+    growth, plan = Growth(2, 2, 0.0), PricedTree.plan
+    monkeypatch.setattr(
+        PricedTree,
+        "plan",
+        lambda self, context: (
+            replace(growth, calibration=self.calibration) if plan(self, context) and next(turns) else None
+        ),
+    )
+    monkeypatch.setattr(PricedTree, "_learn_gain", lambda self, gain: None)
+    result = engine.generate(make_prompt(12), 14)
+    assert [one.drafted > 0 for one in result.rounds][:8] == [True, False, True, False, False, False, False, True]
+    assert all(one.accepted >= 1 for one in result.rounds[:-1] if one.drafted)
+
+
+def test_costs_are_measured_once(captured, make_model, make_prompt, monkeypatch):
+    monkeypatch.setattr(costs_module, "REPEATS", 1)
+    monkeypatch.setattr(priced_module, "REPEATS", 1)
+    model = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(model, model, priced(2, 2, draft_cache="full"))
+    first, second = (engine.generate(make_prompt(6), 2) for _ in range(2))
+    assert first.capture_s > 0 == second.capture_s
+    assert first.token_ids == second.token_ids
+    known = backend_of(engine)._policy.costs
+    assert known.level > 0 and known.plain(6) > 0 and known.size(2, 6) == 3
