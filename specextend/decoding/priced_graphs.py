@@ -131,9 +131,11 @@ class PricedGraphs(GraphBackend):
         self._tree.bounds.copy_(self._bounds, non_blocking=True)
 
     def _read_sheet(self) -> Drafted:
-        rows = self._sheet[1:].numpy().reshape(5, -1).copy()
-        rows = rows[:, rows[4] > -math.inf]
-        return Drafted(*rows[:3].astype(int), *rows[3:].astype(float))
+        rows = self._sheet[1:].numpy().reshape(5, -1)
+        used = rows[4] > -math.inf
+        tokens, parents, depth = rows[:3, used].astype(int)
+        parents[1:] = (np.cumsum(used) - 1)[parents[1:]]
+        return Drafted(tokens, parents, depth, *rows[3:, used].astype(float))
 
     @property
     def _must_absorb(self) -> bool:

@@ -8,6 +8,7 @@ of a level. The price is the rate at which tokens come now, and never less than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,8 +26,10 @@ RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds w
 GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
 FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
 MOST_GAIN = 2.0  # tokens
-FIRST_PAUSE, LONGEST_PAUSE = 8, 64  # rounds without speculation until it is tried again
-SETTLED = 16  # rounds of speculation after which the next pause is a short one again
+FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without speculation until it is tried again
+INTEREST = 0.015  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
+MOST_CREDIT = 4.0  # tokens that speculating has gained and that later trials may lose
+MOST_DEBT = 3.0  # tokens that it may have lost, whatever it promises, before it pauses
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
 
 
@@ -115,8 +118,8 @@ class PricedTree:
     def begin(self) -> None:
         self.calibration = Calibration()
         self._tokens = self._seconds = 0.0
-        self._gain, self._tried, self._speculated = FIRST_GAIN, FIRST_ROUNDS, 0
-        self._pause, self._wait = FIRST_PAUSE, 0
+        self._gain, self._tried = FIRST_GAIN, FIRST_ROUNDS
+        self._wait, self._balance = 0, 0.0  # tokens that speculating has gained, or lost
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
 
     @property
@@ -124,6 +127,7 @@ class PricedTree:
         return self._price
 
     def plan(self, context: int) -> Growth | None:
+        self._balance += INTEREST
         if self._wait:
             self._wait -= 1
             return None
@@ -133,7 +137,7 @@ class PricedTree:
         level = self.costs.level + self.costs.row * self._rows
         return Growth(
             nodes, self._config.max_depth, threshold=self._price * level / self._share,
-            floor=min(self._price * slot, 0.99), calibration=self.calibration,
+            floor=min(max(self._price * slot, 0.0), 0.99), calibration=self.calibration,
         )  # fmt: skip
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
@@ -162,7 +166,9 @@ class PricedTree:
         self._seconds = RATE_MEMORY * self._seconds + took
         best = np.sort(reach[1:])[::-1][: verified - 1]
         # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
-        self._learn_gain((1.0 + float(best.sum()) + len(tokens)) / 2 - took / self.costs.plain(context))
+        worth = took / self.costs.plain(context)
+        self._balance = min(self._balance + len(tokens) - worth, MOST_CREDIT)
+        self._learn_gain((1.0 + float(best.sum()) + len(tokens)) / 2 - worth)
 
     def _set_price(self, context: int) -> None:
         plain = self.costs.plain(context)
@@ -182,13 +188,11 @@ class PricedTree:
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
         gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
-        self._tried, self._speculated = min(self._tried + 1, GAIN_ROUNDS), self._speculated + 1
+        self._tried = min(self._tried + 1, GAIN_ROUNDS)
         self._gain += (gain - self._gain) / self._tried
-        if self._speculated == SETTLED:
-            self._pause = FIRST_PAUSE
-        if self._gain <= 0:
-            self._wait, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
-            self._gain, self._tried, self._speculated = 0.0, 0, 0  # the next round of speculation decides
+        if self._gain <= 0 or self._balance < -MOST_DEBT:  # until what was lost is a share of all that small that nobody minds
+            self._wait = min(max(FIRST_PAUSE, math.ceil(-self._balance / INTEREST)), LONGEST_PAUSE)
+            self._gain, self._tried = 0.0, 0  # the next round of speculation decides
             self.calibration.fade(self._wait)
 
     def _learn_shape(self, depth, reach, levels: int, rows: int) -> None:
