@@ -8,13 +8,12 @@ from functools import partial
 from eagle.drafter import EagleDrafter
 from eagle.heads import Head
 from eagle.weights import KINDS, load_head
-from specextend.config import RetrievalConfig, TreeConfig
+from specextend.config import RetrievalConfig
 from specextend.errors import ModelError
 from specextend.models import loading, presets
 from specextend.models.checkpoints import HUB_ID, find_checkpoint, local_directory
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
-CPU_TREE = TreeConfig(12, 8, 0.35, 0.06)
 
 # (target preset, kind) -> the head's hub id or directory; the first of a target is its default
 HEADS = {
@@ -50,11 +49,7 @@ def load_models(
     loaded_head = load_head(directory, loaded.target, head)
     return replace(
         loaded,
-        preset=replace(
-            loaded.preset,
-            cpu_tree=loaded.preset.cpu_tree and CPU_TREE,
-            retrieval=retrieval_of(loaded_head),
-        ),
+        preset=replace(loaded.preset, retrieval=retrieval_of(loaded_head)),
         draft=loaded_head,
         drafter=partial(EagleDrafter, target=loaded.target),
         draft_id=presets.public_id(draft_id),

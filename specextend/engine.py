@@ -402,13 +402,13 @@ def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
-    """All parts of SpecExtend, with the tree and the retrieval of the preset."""
+    """All parts of SpecExtend, with the retrieval of the preset and trees priced by their time."""
     return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
-    """The paper's tree; on a CPU the preset's own, since a CPU pays for every node where a GPU does not."""
-    return (models.preset.cpu_tree if models.device.type == "cpu" else None) or TreeConfig()
+    """Trees priced by their time; the paper's where several processes, whose clocks differ, share the target."""
+    return TreeConfig() if models.ranks > 1 else TreeConfig.priced()
 
 
 def _build_target(

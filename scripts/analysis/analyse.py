@@ -51,10 +51,10 @@ from scripts.report.analyses import CACHES
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.cli.commands import load_pair
+from specextend.config import TreeConfig
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import cut_to_fit, find_buckets, parse_length, read_prompts
 from specextend.drafting.retrieval import CrossModelRetrieval
-from specextend.engine import default_tree
 from specextend.errors import ConfigError
 from specextend.methods import METHODS
 from specextend.trees.growth import Growth
@@ -69,7 +69,7 @@ PERIODS = (1, 2, 4, 8, 16, 32)
 def main() -> None:
     args = parse_args()
     models = load_pair(args)
-    config = METHODS["specextend"].config(default_tree(models), models.preset.retrieval)
+    config = METHODS["specextend"].config(TreeConfig(), models.preset.retrieval)
     engine = SpecExtend(models, config, prefix_reuse=False)
     require_positions(engine, args.lengths, max(READ, args.max_gen_len))
     require_positions(engine, args.lengths[-1:], 2 * args.max_gen_len)

@@ -32,9 +32,9 @@ from scripts.train.facts import Fact, make_facts
 from specextend import SpecExtend
 from specextend.cli import flags
 from specextend.cli.commands import load_pair
+from specextend.config import TreeConfig
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import find_buckets, parse_length, read_prompts
-from specextend.engine import default_tree
 from specextend.methods import METHODS
 
 SEED = 20_505_776  # of the facts: none of the training's
@@ -44,7 +44,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def main() -> None:
     args = parse_args()
     models = load_pair(args)
-    tree, retrieval = default_tree(models), models.preset.retrieval
+    tree, retrieval = TreeConfig(), models.preset.retrieval
     engine = SpecExtend(models, METHODS["specextend"].config(tree, retrieval), prefix_reuse=False)
     require_positions(engine, args.lengths)
     setting = model_setting(engine) | {"data": source_name(args.data_dir), "facts_seed": SEED}

@@ -128,8 +128,8 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
     group.add_argument(
-        "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: the paper's bounds, or as large as they "
-        "earn their measured time (default: the paper's, on a CPU the model's own); the flags of a tree change it",
+        "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: as large as they earn their measured time, "
+        "or the paper's bounds (default: price; where one of the flags below gives a bound, the paper's others)",
     )  # fmt: skip
     _add_settings(group, "", "tree", "retrieval")
 
@@ -168,13 +168,16 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def config_from(args: argparse.Namespace, models: LoadedModels, method: str | None = None) -> SpecExtendConfig:
-    """The setting the flags ask for; what they leave open is the preset's for this device, then the paper's.
+    """The setting the flags ask for; what they leave open is the preset's, then the paper's, but for the
+    tree: without a flag for it, it is priced by its time.
 
     Args:
         method: one of `methods_from`; None takes the first.
     """
     chosen = find_method(method or methods_from(args)[0])
-    tree = TREES[args.tree] if hasattr(args, "tree") else default_tree(models)
+    # whoever gives a bound and no rule means a tree of fixed bounds
+    unnamed = TreeConfig() if _given(args, "tree") else default_tree(models)
+    tree = TREES[args.tree] if hasattr(args, "tree") else unnamed
     return _with_given(args, chosen.config(tree, models.preset.retrieval))
 
 

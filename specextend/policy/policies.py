@@ -190,7 +190,8 @@ class PricedTree:
         gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
         self._tried = min(self._tried + 1, GAIN_ROUNDS)
         self._gain += (gain - self._gain) / self._tried
-        if self._gain <= 0 or self._balance < -MOST_DEBT:  # until what was lost is a share of all that small that nobody minds
+        if self._gain <= 0 or self._balance < -MOST_DEBT:
+            # until what was lost is a small share of all
             self._wait = min(max(FIRST_PAUSE, math.ceil(-self._balance / INTEREST)), LONGEST_PAUSE)
             self._gain, self._tried = 0.0, 0  # the next round of speculation decides
             self.calibration.fade(self._wait)

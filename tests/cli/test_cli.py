@@ -41,14 +41,14 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def config_of(*words: str, cpu_tree: TreeConfig | None = None, device: str = "cpu") -> SpecExtendConfig:
-    preset = Preset("tiny", "tiny", None, cpu_tree=cpu_tree)
-    return flags.config_from(parse(*words), SimpleNamespace(preset=preset, device=torch.device(device)))
+def config_of(*words: str, ranks: int = 1) -> SpecExtendConfig:
+    preset = Preset("tiny", "tiny", None)
+    return flags.config_from(parse(*words), SimpleNamespace(preset=preset, ranks=ranks))
 
 
 def test_without_flags_the_setting_is_standard_and_the_papers():
-    assert config_of() == SpecExtendConfig.standard()
-    config = config_of()
+    assert config_of("--tree", "paper") == SpecExtendConfig.standard()
+    config = config_of("--tree", "paper")
     assert (config.flash_prefill, config.hybrid_tree_attention, config.draft_cache) == (False, False, "full")
     assert config.tree == TreeConfig(50, 10, 0.7)
     assert config.retrieval == RetrievalConfig(32, 32, 4)
@@ -120,12 +120,12 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     assert (plan.max_new_tokens, plan.sampling.temperature) == (64, 0)
 
 
-def test_tree_of_the_preset_holds_on_a_cpu_unless_a_flag_says_otherwise():
-    own = TreeConfig(8, 3, 0.4)
-    assert config_of(cpu_tree=own).tree == own
-    assert config_of("--nodes", "9", cpu_tree=own).tree == TreeConfig(9, 3, 0.4)
-    assert config_of(cpu_tree=own, device="cuda").tree == TreeConfig()
-    assert config_of("--tree", "paper", cpu_tree=own).tree == TreeConfig()
+def test_trees_are_priced_unless_a_flag_gives_a_bound_or_the_target_is_shared():
+    assert config_of().tree == config_of("--use_specextend").tree == TreeConfig.priced()
+    assert config_of("--nodes", "9").tree == TreeConfig(nodes=9)
+    assert config_of("--threshold", "0.3").tree == TreeConfig(threshold=0.3)
+    assert config_of("--tree", "paper").tree == TreeConfig()
+    assert config_of(ranks=2).tree == TreeConfig()
 
 
 def test_priced_trees_are_a_flag_and_take_no_bounds_but_their_size():

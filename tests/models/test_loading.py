@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast
 
-from specextend.config import TreeConfig
 from specextend.errors import CapacityError, ConfigError, DeviceError, ModelError, SpecExtendError
 from specextend.models import checkpoints
 from specextend.models.checkpoints import check_supported, find_checkpoint, read_config, weight_bytes
@@ -256,10 +254,6 @@ def test_preset_templates_are_those_fschat_uses():
     conversation = pytest.importorskip("fastchat.conversation")
     for preset in PRESETS.values():
         assert preset.template in (None, "chat") or conversation.get_conv_template(preset.template)
-
-
-def test_preset_carries_a_tree_for_the_cpu():
-    assert replace(PRESETS["bundled"], cpu_tree=TreeConfig(nodes=8)).cpu_tree.nodes == 8
 
 
 def test_find_preset_knows_a_preset_by_hub_id_and_by_directory_name(tmp_path):
