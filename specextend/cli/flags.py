@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from specextend.cli.entry import run as run
 from specextend.cli.flag_names import FLAGS
-from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import DRAFT_CACHES, TREES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError
 from specextend.methods import METHODS, find_method
@@ -54,9 +54,6 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-TREES = {"paper": TreeConfig(), "price": TreeConfig.priced()}
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, widen: bool = False) -> None:
