@@ -38,7 +38,7 @@ def _plain(answer: str) -> str:
 
 
 def loops(token_ids: Sequence[int]) -> bool:
-    """Whether an answer ends in a loop: its last 64 tokens repeat at most 32, which stand there three times at least."""
+    """Whether it ends in a loop: its last 64 tokens repeat 32 or fewer, which stand there three times at least."""
     return ends_in_loop(np.asarray(token_ids), tail=64, max_period=32)
 
 
