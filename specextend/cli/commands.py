@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +22,7 @@ from specextend.cli.reporter import ConsoleReporter
 from specextend.config import SpecExtendConfig
 from specextend.data.encoded import gather_prompts
 from specextend.data.prepare import ensure_data
-from specextend.data.prompts import Prompt, read_prompts
+from specextend.data.prompts import Prompt, find_buckets, normal_label, read_prompts
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, WorkerError
 from specextend.evaluation.files import check_output
@@ -138,12 +139,12 @@ def _check(args: argparse.Namespace) -> None:
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data_dir", type=Path, nargs="+", default=argparse.SUPPRESS, help="folder of <name>_<length>.jsonl; with --arms "
-        "also several (default: data/govreport)",
+        "--data_dir", type=Path, nargs="+", default=argparse.SUPPRESS, help="folder of <name>_<length>.jsonl; with "
+        "--arms also several (default: data/govreport)",
     )  # fmt: skip
     data.add_argument(
-        "--lengths", "-l", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, such as "
-        "512 1K 4K (default: all)",
+        "--lengths", "-l", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, such "
+        "as 512 1K 4K (default: all)",
     )  # fmt: skip
     data.add_argument(
         "--samples_per_length", "-n", type=int, default=20, help="number of prompts per length and data set"
@@ -163,8 +164,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--fresh", action="store_true", help="do not resume: start over, and keep the old results as .bak"
     )
     output.add_argument(
-        "--seconds", type=float, default=argparse.SUPPRESS, help="with --arms: begin no prompt after so many seconds; the "
-        "same command goes on",
+        "--seconds", type=float, default=argparse.SUPPRESS, help="with --arms: begin no prompt after so many seconds; "
+        "the same command goes on",
     )  # fmt: skip
     spread = parser.add_argument_group("several workers (docs/scale.md)")
     spread.add_argument("--ray", action="store_true", help="measure on Ray workers, one per GPU or --cpus_per_worker")
@@ -255,14 +256,24 @@ def _measure_arms(args: argparse.Namespace, load: Callable[[], LoadedModels]) ->
 
 
 def _read_data(args: argparse.Namespace) -> dict[str, dict[str, list[Prompt]]]:
-    """Prompts of every data set by length."""
-    data: dict[str, dict[str, list[Prompt]]] = {}
+    """Prompts of every data set by length; a length that one of several data sets lacks is measured on the others."""
+    folders: dict[str, Path] = {}
     for folder in _data_dirs(args):
         folder = ensure_data(folder, args.model_name)
         name = folder.resolve().name
-        if name in data:
+        if name in folders:
             raise ConfigError(f"--data_dir names two folders {name}; their records could not be told apart")
-        data[name] = read_buckets(folder, args.samples_per_length, getattr(args, "lengths", ()))
+        folders[name] = folder
+    wanted = [normal_label(length) for length in getattr(args, "lengths", ())]
+    there = {name: find_buckets(folder) for name, folder in folders.items()}
+    data = {}
+    for name, folder in folders.items():
+        lacking = [one for one in wanted if one not in there[name] and any(one in other for other in there.values())]
+        if lacking:
+            print(f"{folder} has no length {', '.join(lacking)}; it is left out there", file=sys.stderr)
+        lengths = [one for one in wanted if one not in lacking]
+        if lengths or not wanted:
+            data[name] = read_buckets(folder, args.samples_per_length, lengths)
     return data
 
 

@@ -126,8 +126,8 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     if several:
         group.add_argument(
             "--arms", nargs="+", metavar="ARM", default=argparse.SUPPRESS, help="instead of --method: methods with "
-            "settings of their own, as standard specextend specextend:top_k=8,tree=price, measured beside each other on "
-            f"every prompt; settings: tree, {', '.join(OWNER)}",
+            "settings of their own, as standard specextend specextend:top_k=8,tree=price, beside each other on every "
+            f"prompt; settings: tree, {', '.join(OWNER)}",
         )  # fmt: skip
     group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")

@@ -1,4 +1,4 @@
-"""A panel: one prompt answered by every arm, and once autoregressively for all of them; what is measured, and how it went.
+"""A panel: one prompt answered by every arm, and once autoregressively for all of them.
 
 The arms of a panel are measured one after the other in one process, so that each can be compared with autoregressive
 decoding and with each other on the same prompt. A line of the journal is a whole panel.

@@ -168,7 +168,7 @@ def _core(panels: Sequence[Panel], arm: str) -> Row:
 
 
 def _measured(sums: _Sums, measure: str) -> Row:
-    """Mean over prompts and ratio of totals, each with its interval; the smallest; percentiles where there are enough."""
+    """Mean over prompts and ratio of totals, each with its interval; smallest; percentiles where there are enough."""
     parts = sums.parts(measure)
     each = sums.each(measure)
     each = each[np.isfinite(each)]

@@ -100,8 +100,8 @@ def check_room(limit: int, max_new_tokens: int) -> None:
     """CapacityError where the answers alone would fill a model of `limit` positions."""
     if max_new_tokens >= limit:
         raise CapacityError(
-            f"max_gen_len is {max_new_tokens}, but the model holds {limit} positions, the prompt's included; ask for at "
-            f"most {limit - 1}"
+            f"max_gen_len is {max_new_tokens}, but the model holds {limit} positions, the prompt's included; ask for "
+            f"at most {limit - 1}"
         )
 
 
