@@ -143,8 +143,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--arms also several (default: data/govreport)",
     )  # fmt: skip
     data.add_argument(
-        "--lengths", "-l", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, such "
-        "as 512 1K 4K (default: all)",
+        "--lengths", "-l", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, "
+        "such as 512 1K 4K (default: all)",
     )  # fmt: skip
     data.add_argument(
         "--samples_per_length", "-n", type=int, default=20, help="number of prompts per length and data set"
