@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 
 from scripts.report.evidence_plots import evidence_figures
 from scripts.report.markdown import lines_of
 from scripts.report.records import attempt, place_of
-from scripts.report.style import save
+from scripts.report.style import LAYOUT, save
 from specextend.cli import flags
 from specextend.errors import ConfigError, InputError
 from specextend.evaluation.panel import Panel, nominal_tokens
@@ -32,8 +33,8 @@ TABLES = Path("results/tables")
 LEGEND = (
     "Every prompt was answered by every arm and once autoregressively (AR), one after the other in one process, in an "
     "order that is turned round on the next prompt. *Speed-up*: over that AR, mean of the prompts' own ratios; "
-    "*accepted*: draft tokens kept per round, the bonus token excluded, mean over prompts; both with their 95 % bootstrap interval "
-    "(10,000 resamples of the prompts). *Loop*: the last 64 tokens of an answer repeat 32 or fewer."
+    "*accepted*: draft tokens kept per round, the bonus token excluded, mean over prompts; both with their 95 % "
+    "bootstrap interval (10,000 resamples of the prompts). *Loop*: the last 64 tokens of an answer repeat 32 or fewer."
 )
 
 
@@ -51,6 +52,7 @@ def main() -> None:
         outputs[path].write_text(page, encoding="utf-8")
         written.append(str(outputs[path]))
         if args.figures:
+            plt.rcParams.update(LAYOUT)
             args.figures.mkdir(parents=True, exist_ok=True)
             for kind, figure in evidence_figures(*read_panels(path)):
                 written += save(figure, args.figures / f"{kind}_{path.stem}")
@@ -116,9 +118,8 @@ def page_of(manifest: dict[str, Any], panels: Sequence[Panel], journal: Path) ->
         f"# {journal.stem}",
         f"Written by `scripts.report.evidence` from {journal.name}; do not edit.",
         f"{setting['model']} with {setting['draft']}, {setting['dtype']}, "
-        f"{place_of(setting, manifest['environment'])}; AR on {setting['backend']}; {', '.join(data)}; up to {setting['max_gen_len']} new tokens."
-        + _eager(setting)
-        + _clocks(panels),
+        f"{place_of(setting, manifest['environment'])}; AR on {setting['backend']}; "
+        f"{', '.join(data)}; up to {setting['max_gen_len']} new tokens." + _eager(setting) + _clocks(panels),
         LEGEND + _few(rows),
     ]
     for temperature in dict.fromkeys(row["temperature"] for row in rows):

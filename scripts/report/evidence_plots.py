@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.report.records import place_of
-from scripts.report.style import LAYOUT, note, shared_legend, styles_of
+from scripts.report.style import note, shared_legend, styles_of
 from specextend.evaluation.panel import Panel
 from specextend.evaluation.panel_figures import figures_of, pooled
 
 Row = dict[str, Any]
 PANELS = (("accepted", "accepted draft tokens per round"), ("speedup_decode", "decoding speed-up over autoregressive"))
-SPREAD = 0.3  # of the arms around their length, so that their bars do not cover each other
+SPREAD = 0.2  # of the arms around their length, so that their bars do not cover each other
 
 
 def evidence_figures(manifest: dict[str, Any], panels: Sequence[Panel]) -> Iterator[tuple[str, Figure]]:
@@ -42,21 +42,20 @@ def by_length(rows: Sequence[Row], methods: dict[str, str], title: str) -> Figur
         rows: figures of one temperature.
         methods: of each arm.
     """
-    with plt.rc_context(LAYOUT):
-        figure, grid = plt.subplots(1, len(PANELS), figsize=(8.4, 3.6), layout="constrained")
-        for axes, (measure, label) in zip(grid, PANELS, strict=True):
-            _draw(axes, rows, methods, measure)
-            axes.set(xlabel="prompt tokens (nominal)", ylabel=label)
-        grid[1].axhline(1, color="black", linewidth=1, linestyle=":")
-        for axes in grid:
-            axes.set_ylim(bottom=0)
-        shared_legend(figure, [*grid])
-        counts = sorted({row["prompts"] for row in rows})
-        prompts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-        note(
-            figure,
-            f"{title}\nmeans of {prompts} prompts per length, bars: 95 % bootstrap intervals; dotted: autoregressive",
-        )
+    figure, grid = plt.subplots(1, len(PANELS), figsize=(8.4, 3.6), layout="constrained")
+    for axes, (measure, label) in zip(grid, PANELS, strict=True):
+        _draw(axes, rows, methods, measure)
+        axes.set(xlabel="prompt tokens (nominal)", ylabel=label)
+    grid[1].axhline(1, color="black", linewidth=1, linestyle=":")
+    for axes in grid:
+        axes.set_ylim(bottom=0)
+    shared_legend(figure, [*grid])
+    counts = sorted({row["prompts"] for row in rows})
+    prompts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    note(
+        figure,
+        f"{title}\nmeans of {prompts} prompts per length, bars: 95 % bootstrap intervals; dotted: autoregressive",
+    )
     return figure
 
 

@@ -36,7 +36,7 @@ PARTS = {
     "cmr": {"color": "#7FA8D1", "marker": "H", "linestyle": ":", "label": "+ Cross-model Retrieval"},
     "fa_hta": {"color": "#8C510A", "marker": "p", "linestyle": "--", "label": "+ FA + HTA, full draft cache"},
 }
-VARIANTS = ("-", "--", "-.", ":")  # lines of further arms of one method, in its colour and with hollow marks
+VARIANTS = [("--", "s"), ("-.", "^"), (":", "D"), ("--", "v")]  # of further arms of one method: line and hollow mark
 CACHES = {
     "full": STYLES["standard"] | {"label": "draft, full cache"},
     "streaming": RIVALS["fa_hta_streaming"] | {"label": "draft, StreamingLLM"},
@@ -79,7 +79,8 @@ def styles_of(arms: dict[str, str]) -> dict[str, dict[str, object]]:
         settings = arm.partition(":")[2]
         style["label"] = f"{own['label']} ({settings})" if settings else own["label"]
         if place:
-            style |= {"markerfacecolor": "white", "linestyle": VARIANTS[place % len(VARIANTS)]}
+            line, mark = VARIANTS[(place - 1) % len(VARIANTS)]
+            style |= {"markerfacecolor": "white", "linestyle": line, "marker": mark}
         styles[arm] = style
     return styles
 
