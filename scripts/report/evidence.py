@@ -79,9 +79,8 @@ def journals_in(paths: Sequence[Path]) -> list[Path]:
         else:
             raise InputError(f"{path} does not exist")
     if not found:
-        raise InputError(
-            f"no journals of several arms under {', '.join(map(str, paths))}; eval_classic.py --arms writes them"
-        )
+        shown = ", ".join(map(str, paths))
+        raise InputError(f"there is no journal of several arms under {shown}; eval_classic.py --arms writes one")
     return [*dict.fromkeys(found)]
 
 
