@@ -151,6 +151,13 @@ def _tables(rows: Sequence[Row], panels: Sequence[Panel]) -> Iterator[str]:
         "Smallest decoding speed-up of a prompt; prompts whose tokens are those of AR", together,
         lambda row: f"{_number(row['speedup_decode']['smallest'])}; {row['equal']} of {row['prompts']}",
     )  # fmt: skip
+    parted = [row for row in together if row["gap"] is not None]
+    if parted:
+        gap = max(row["gap"] for row in parted)
+        yield (
+            f"The other answers part where the target scores the two tokens {gap:.4f} apart at most (in logits, "
+            "read again in one pass)."
+        )
     if any(row["loops"] for row in together):
         yield _titled(
             "Answers that loop; distinct 4-grams", together,

@@ -76,5 +76,5 @@ def _draw(axes: Axes, rows: Sequence[Row], methods: dict[str, str], measure: str
         )
         x = np.array([lengths.index(row["length"]) for row in measured]) + shift
         style = styles[arm]
-        axes.errorbar(x, mean, yerr=[mean - low, high - mean], elinewidth=1, capsize=2, **style)
+        axes.errorbar(x, mean, yerr=np.stack([mean - low, high - mean]), elinewidth=1, capsize=2, **style)
     axes.set_xticks(range(len(lengths)), lengths)

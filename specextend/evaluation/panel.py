@@ -137,6 +137,7 @@ class Answer:
     Args:
         accepted, drafted: draft tokens per round, the bonus token excluded; of the baseline none.
         first_difference: index of the first new token that differs from the baseline's; None when all agree.
+        gap: how far apart the target scores the two tokens there (`near_ties.py`); None when all agree.
         loops: whether it ends in a loop (`answers.loops`).
         distinct_4grams: share of its 4-grams that it holds for the first time.
         price: mean of what the rounds had to earn, in tokens per second; 0 where trees have fixed bounds.
@@ -150,12 +151,15 @@ class Answer:
     first_difference: int | None
     loops: bool
     distinct_4grams: float
+    gap: float | None = None
     price: float = 0.0
     plain_share: float = 0.0
     answered_right: bool | None = None
 
     @classmethod
-    def of(cls, generation: Generation, baseline: Generation, right: bool | None) -> Answer:
+    def of(
+        cls, generation: Generation, baseline: Generation, *, gap: float | None = None, right: bool | None = None
+    ) -> Answer:
         rounds = [] if generation is baseline else generation.rounds
         return cls(
             timing=Timing.of(generation),
@@ -164,6 +168,7 @@ class Answer:
             first_difference=first_difference(generation.token_ids, baseline.token_ids),
             loops=loops(generation.token_ids),
             distinct_4grams=distinct_share(generation.token_ids),
+            gap=gap,
             price=generation.price,
             plain_share=generation.plain_share if rounds else 0.0,
             answered_right=right,

@@ -163,6 +163,7 @@ def _core(panels: Sequence[Panel], arm: str) -> Row:
         "distinct_4grams": float(np.mean([answer.distinct_4grams for answer in answers])),
         "price": float(np.mean([answer.price for answer in answers])),
         "plain_share": float(np.mean([answer.plain_share for answer in answers])),
+        "gap": max((answer.gap for answer in answers if answer.gap is not None), default=None),
         "equal": prompts - len({_prompt(one) for one in panels if one.arms[arm].first_difference is not None}),
     }
 

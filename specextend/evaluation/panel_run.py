@@ -18,6 +18,7 @@ from rich.console import Console
 from specextend.evaluation.environment import environment, gpu_state
 from specextend.evaluation.files import locked
 from specextend.evaluation.journal import Journal, write_json
+from specextend.evaluation.near_ties import gap_between
 from specextend.evaluation.panel import BASELINE, Answer, Panel, PanelPlan, PanelTask, order_of
 from specextend.evaluation.panel_figures import figures_of
 from specextend.evaluation.plan import DEFAULT_FOLDER, WARM_UP_NEW_TOKENS, setting_of_models
@@ -163,8 +164,15 @@ class PanelMeter:
         }
         gpu = gpu_state(self._device) if task.key.bucket != self._last_bucket else None  # while it is still warm
         self._last_bucket = task.key.bucket
+        alone = done[BASELINE]
         answers = {
-            name: Answer.of(one, done[BASELINE], judged(self._own, one.text, task.prompt)) for name, one in done.items()
+            name: Answer.of(
+                one,
+                alone,
+                gap=gap_between(self._own.models, ids, alone.token_ids, one.token_ids, sampling),
+                right=judged(self._own, one.text, task.prompt),
+            )
+            for name, one in done.items()
         }
         return Panel(
             **task.key._asdict(),
