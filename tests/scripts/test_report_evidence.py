@@ -84,6 +84,17 @@ def test_a_page_shows_what_is_left_without_looping_answers(run, tmp_path):
     assert rows[2][:2] == ["512", "4"]
 
 
+def test_a_page_says_how_close_the_choice_was_where_answers_part(run, tmp_path):
+    parted = [
+        panel({"specextend": answer(first_difference=4 if sample else None, gap=sample / 128 or None)}, sample=sample)
+        for sample in range(3)
+    ]
+    write_panels(tmp_path / "a.jsonl", parted)
+    run("a.jsonl", "--output", "a.md")
+    page = (tmp_path / "a.md").read_text()
+    assert "2.00; 1 of 3" in page and "scores the two tokens 0.0156 apart at most" in page
+
+
 def test_check_tells_a_page_that_is_out_of_date(run, tmp_path, capsys):
     write_panels(tmp_path / "runs" / "a.jsonl", panels())
     write_journal(tmp_path / "runs" / "b.jsonl", "standard", [record()])  # of one method: not its business
