@@ -41,7 +41,8 @@ LEGEND = (
 def main() -> None:
     args = parse_args()
     pages = {path: page_of(*read_panels(path), path) for path in journals_in(args.journals)}
-    outputs = {path: output_of(path, args.output, len(pages)) for path in pages}
+    names = names_of([*pages])
+    outputs = {path: output_of(names[path], args.output, len(pages)) for path in pages}
     if args.check:
         stale = [str(outputs[path]) for path, page in pages.items() if not _holds(outputs[path], page)]
         print(json.dumps({"checked": [str(output) for output in outputs.values()], "stale": stale}))
@@ -55,7 +56,7 @@ def main() -> None:
             plt.rcParams.update(LAYOUT)
             args.figures.mkdir(parents=True, exist_ok=True)
             for kind, figure in evidence_figures(*read_panels(path)):
-                written += save(figure, args.figures / f"{kind}_{path.stem}")
+                written += save(figure, args.figures / f"{kind}_{names[path]}")
     print(json.dumps({"written": written}))
 
 
@@ -91,12 +92,21 @@ def has_arms(path: Path) -> bool:
     return first.endswith("\n") and "arms" in json.loads(first).get("setting", {})
 
 
-def output_of(journal: Path, output: Path | None, journals: int) -> Path:
+def names_of(journals: Sequence[Path]) -> dict[Path, str]:
+    """A name for each: the file's, with the folder's before it where two files are called alike."""
+    stems = [path.stem for path in journals]
+    return {
+        path: path.stem if stems.count(path.stem) == 1 else f"{path.resolve().parent.name}_{path.stem}"
+        for path in journals
+    }
+
+
+def output_of(name: str, output: Path | None, journals: int) -> Path:
     if output is not None and output.suffix == ".md":
         if journals > 1:
             raise ConfigError(f"--output {output} is one page for {journals} journals; name a folder")
         return output
-    return (output or TABLES) / f"{journal.stem}.md"
+    return (output or TABLES) / f"{name}.md"
 
 
 def _holds(path: Path, page: str) -> bool:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from made_records import answer, panel
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from specextend.cli import commands, engines
 from specextend.config import SamplingConfig, SpecExtendConfig
 from specextend.decoding.output import Generation, Round
 from specextend.errors import ConfigError, InputError
+from specextend.evaluation.environment import ROOT
 from specextend.evaluation.panel import Panel, PanelPlan, order_of
 from specextend.evaluation.panel_run import evaluate_panels
 from specextend.evaluation.plan import WARM_UP_NEW_TOKENS, read_buckets
@@ -153,6 +155,10 @@ def test_every_arm_and_one_baseline_answer_every_prompt_and_warm_ups_are_dropped
     assert Counter(name for name, *_ in calls.measured()) == dict.fromkeys(("AR", *ARMS), 18)
     warm_ups = [call[:2] for call in calls.made if call not in calls.measured()]
     assert warm_ups == [(name, words) for words in (200, 100) for name in ("AR", *ARMS)]
+    schema = json.loads((ROOT / "results" / "schema.json").read_text())
+    line_schema = Draft202012Validator({"$ref": "#/$defs/panel_line", "$defs": schema["$defs"]})
+    for line in output.with_suffix(".jsonl").read_text().splitlines():
+        line_schema.validate(json.loads(line))
     found = panels_of(output)
     names = [name for name, *_ in calls.measured()]
     assert [name for one in found for name in one.order] == names

@@ -109,6 +109,14 @@ def test_check_tells_a_page_that_is_out_of_date(run, tmp_path, capsys):
         assert ended.value.code == status and len(json.loads(capsys.readouterr().out)["stale"]) == stale
 
 
+def test_journals_of_one_name_have_pages_of_their_own(run, tmp_path):
+    for place in ("cpu/arms", "gpu/arms", "gpu/b"):
+        write_panels(tmp_path / f"{place}.jsonl", panels()[:2])
+    assert run("cpu", "gpu", "--output", "pages") == {
+        "written": ["pages/cpu_arms.md", "pages/gpu_arms.md", "pages/b.md"]
+    }
+
+
 def test_what_cannot_be_read_is_a_named_error(run, tmp_path):
     write_panels(tmp_path / "a.jsonl", panels()[:1])
     write_panels(tmp_path / "b.jsonl", panels()[:1])
