@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -17,17 +15,16 @@ from functools import partial
 from pathlib import Path
 
 from specextend.cli import flags
-from specextend.cli.engines import arm_engines, uniform_engine
+from specextend.cli.arms import data_dirs, measure_arms
+from specextend.cli.engines import uniform_engine
 from specextend.cli.reporter import ConsoleReporter
 from specextend.config import SpecExtendConfig
 from specextend.data.encoded import gather_prompts
 from specextend.data.prepare import ensure_data
-from specextend.data.prompts import Prompt, find_buckets, normal_label, read_prompts
+from specextend.data.prompts import read_prompts
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, WorkerError
 from specextend.evaluation.files import check_output
-from specextend.evaluation.panel import PanelPlan
-from specextend.evaluation.panel_run import evaluate_panels
 from specextend.evaluation.plan import DEFAULT_FOLDER, Plan, read_buckets, require_positive
 from specextend.evaluation.ranks import Leader, follow
 from specextend.evaluation.run import check_outputs, evaluate
@@ -188,19 +185,20 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
     """Measure what the flags name: several arms beside each other, or one method after the other."""
     if hasattr(args, "arms"):
-        return _measure_arms(args, load)
+        _check_eval(args)
+        return measure_arms(args, load)
     ranks = flags.ranks_from(args)
     if ranks and ranks.rank:
         follow(Engines(args, load))
         return tensor_parallel.leave()
     _check_eval(args)
-    data_dirs = _data_dirs(args)
-    if len(data_dirs) > 1:
+    folders = data_dirs(args)
+    if len(folders) > 1:
         raise ConfigError("--data_dir takes several folders with --arms alone; give one")
     if hasattr(args, "seconds"):
         raise ConfigError("--seconds is of no use without --arms")
     outputs = _output_files(getattr(args, "output_file", None), flags.methods_from(args))
-    data_dir = ensure_data(data_dirs[0], args.model_name)
+    data_dir = ensure_data(folders[0], args.model_name)
     name = data_dir.resolve().name
     buckets = read_buckets(data_dir, args.samples_per_length, getattr(args, "lengths", ()))
     reasoning = name in REASONING and all("answer" in one.extra for prompts in buckets.values() for one in prompts)
@@ -223,62 +221,6 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             f"{len(failed)} samples could not be measured: {'; '.join(failed)}. The rest is in the results; the same "
             "command tries them again"
         )
-
-
-def _measure_arms(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
-    """Measure arms beside each other, in this process."""
-    began = time.monotonic()
-    spread = ("ray", "ray_address", "cpus_per_worker", "max_workers", "tensor_parallel", "check_ranks")
-    for flag in spread:
-        if getattr(args, flag, None):
-            raise ConfigError(f"--arms and --{flag} cannot be combined: arms are measured by one process")
-    _check_eval(args)
-    seconds = getattr(args, "seconds", None)
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise ConfigError(f"seconds is {seconds}; give a number above 0 (--seconds)")
-    output_file = getattr(args, "output_file", None)
-    if output_file is None:
-        check_output(DEFAULT_FOLDER / "any.json")
-    else:
-        output_file = Path(str(output_file).replace("{method}", "arms"))
-        check_outputs(output_file)
-    plan = PanelPlan(
-        data=_read_data(args),
-        temperatures=flags.temperatures_from(args),
-        runs_per_sample=args.runs_per_sample,
-        max_new_tokens=getattr(args, "max_gen_len", NEW_TOKENS),
-        sampling=replace(flags.sampling_from(args), temperature=0.0),
-    )
-    models = load()
-    engines = arm_engines(models, flags.arm_configs(args, models), eager=args.eager)
-    until = None if seconds is None else began + seconds
-    print(json.dumps(evaluate_panels(engines, plan, output_file, fresh=args.fresh, until=until)))
-
-
-def _read_data(args: argparse.Namespace) -> dict[str, dict[str, list[Prompt]]]:
-    """Prompts of every data set by length; a length that one of several data sets lacks is measured on the others."""
-    folders: dict[str, Path] = {}
-    for folder in _data_dirs(args):
-        folder = ensure_data(folder, args.model_name)
-        name = folder.resolve().name
-        if name in folders:
-            raise ConfigError(f"--data_dir names two folders {name}; their records could not be told apart")
-        folders[name] = folder
-    wanted = [normal_label(length) for length in getattr(args, "lengths", ())]
-    there = {name: find_buckets(folder) for name, folder in folders.items()}
-    data = {}
-    for name, folder in folders.items():
-        lacking = [one for one in wanted if one not in there[name] and any(one in other for other in there.values())]
-        if lacking:
-            print(f"{folder} has no length {', '.join(lacking)}; it is left out there", file=sys.stderr)
-        lengths = [one for one in wanted if one not in lacking]
-        if lengths or not wanted:
-            data[name] = read_buckets(folder, args.samples_per_length, lengths)
-    return data
-
-
-def _data_dirs(args: argparse.Namespace) -> list[Path]:
-    return getattr(args, "data_dir", [Path("data/govreport")])
 
 
 def _check_eval(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,24 +101,22 @@ def paired_ratio(panels: Iterable[Panel], one: str, other: str, measure: str) ->
 # --- of one arm -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class _Sums:
-    """What an arm did on each of n prompts, their runs added up; all [n]."""
+    """What an arm did on each of n prompts, their runs added up: columns [n], as they are or summed over resamples."""
 
-    accepted: np.ndarray
-    rounds: np.ndarray
-    new: np.ndarray  # tokens after the first
-    decode_s: np.ndarray
-    tokens: np.ndarray
-    total_s: np.ndarray
-    ar_new: np.ndarray
-    ar_decode_s: np.ndarray
-    ar_tokens: np.ndarray
-    ar_total_s: np.ndarray
+    COLUMNS = "accepted rounds new decode_s tokens total_s ar_new ar_decode_s ar_tokens ar_total_s".split()
+    PARTS = {  # numerators and denominators of a measure: one of a rate, two of a speed-up
+        "accepted": [("accepted", "rounds")],
+        "speedup_decode": [("new", "decode_s"), ("ar_new", "ar_decode_s")],  # new: tokens behind the first
+        "speedup": [("tokens", "total_s"), ("ar_tokens", "ar_total_s")],
+    }
+
+    def __init__(self, table: np.ndarray):
+        self._table = table
 
     @classmethod
     def of(cls, panels: Sequence[Panel], arm: str) -> _Sums:
-        prompts: defaultdict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(10))
+        prompts: defaultdict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(len(cls.COLUMNS)))
         for panel in panels:
             answer, alone = panel.arms[arm], panel.autoregressive.timing
             prompts[_prompt(panel)] += (
@@ -126,37 +124,50 @@ class _Sums:
                 answer.timing.new_tokens - 1, answer.timing.decode_s, answer.timing.new_tokens, answer.timing.total_s,
                 alone.new_tokens - 1, alone.decode_s, alone.new_tokens, alone.total_s,
             )  # fmt: skip
-        return cls(*np.array([*prompts.values()]).reshape(-1, 10).T)
+        return cls(np.array([*prompts.values()]))
 
-    def parts(self, measure: str) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        """Numerators and denominators of a measure: one of a rate, two of a speed-up."""
-        return {
-            "accepted": ((self.accepted, self.rounds),),
-            "speedup_decode": ((self.new, self.decode_s), (self.ar_new, self.ar_decode_s)),
-            "speedup": ((self.tokens, self.total_s), (self.ar_tokens, self.ar_total_s)),
-        }[measure]
+    def __len__(self) -> int:
+        return len(self._table)
 
-    def each(self, measure: str) -> np.ndarray:
-        """The measure of each prompt [n], NaN where there is nothing to divide by."""
-        return _quotient(self.parts(measure))
+    def resampled(self) -> _Sums:
+        """The sums over each of `RESAMPLES` drawings of the prompts."""
+        return _Sums(draws(len(self)) @ self._table)
+
+    def together(self) -> _Sums:
+        """The sums over all prompts, as of one."""
+        return _Sums(self._table.sum(0, keepdims=True))
+
+    def rate(self, above: str, below: str) -> np.ndarray:
+        """One column over another [n], NaN where there is nothing to divide by."""
+        above, below = (self._table[:, self.COLUMNS.index(name)] for name in (above, below))
+        return np.divide(above, below, out=np.full(len(self), np.nan), where=below > 0)
+
+    def measure(self, name: str) -> np.ndarray:
+        """One of `MEASURES` for each prompt [n], NaN where there is none."""
+        rates = [self.rate(*part) for part in self.PARTS[name]]
+        if len(rates) == 1:
+            return rates[0]
+        return np.divide(*rates, out=np.full(len(self), np.nan), where=rates[1] > 0)
 
 
 def _figures(panels: Sequence[Panel], arm: str) -> Row:
-    clean = _without_loops(panels)
-    return _core(panels, arm) | {"without_loops": _core(clean, arm) if clean else None}
+    clean, row = _without_loops(panels), _core(panels, arm)
+    if len(clean) == len(panels):
+        return row | {"without_loops": row}
+    return row | {"without_loops": _core(clean, arm) if clean else None}
 
 
 def _core(panels: Sequence[Panel], arm: str) -> Row:
     sums, answers = _Sums.of(panels, arm), [panel.arms[arm] for panel in panels]
-    prompts = len(sums.rounds)
+    together, resampled = sums.together(), sums.resampled() if len(sums) > 1 else None
     return {
-        "prompts": prompts,
+        "prompts": len(sums),
         "runs": len(panels),
         "prompt_tokens": float(np.mean([panel.prompt_tokens for panel in panels])),
         "new_tokens": float(np.mean([answer.timing.new_tokens for answer in answers])),
-        **{measure: _measured(sums, measure) for measure in MEASURES},
-        "decode_tokens_per_s": _total(((sums.new, sums.decode_s),)),
-        "ar_decode_tokens_per_s": _total(((sums.ar_new, sums.ar_decode_s),)),
+        **{name: _measured(name, sums, together, resampled) for name in MEASURES},
+        "decode_tokens_per_s": _known(together.rate("new", "decode_s")),
+        "ar_decode_tokens_per_s": _known(together.rate("ar_new", "ar_decode_s")),
         "ttft_s": float(np.mean([answer.timing.ttft_s for answer in answers])),
         "ar_ttft_s": float(np.mean([panel.autoregressive.timing.ttft_s for panel in panels])),
         "loops": float(np.mean([answer.loops for answer in answers])),
@@ -164,23 +175,30 @@ def _core(panels: Sequence[Panel], arm: str) -> Row:
         "price": float(np.mean([answer.price for answer in answers])),
         "plain_share": float(np.mean([answer.plain_share for answer in answers])),
         "gap": max((answer.gap for answer in answers if answer.gap is not None), default=None),
-        "equal": prompts - len({_prompt(one) for one in panels if one.arms[arm].first_difference is not None}),
+        "equal": len(sums) - len({_prompt(one) for one in panels if one.arms[arm].first_difference is not None}),
     }
 
 
-def _measured(sums: _Sums, measure: str) -> Row:
+def _measured(name: str, sums: _Sums, together: _Sums, resampled: _Sums | None) -> Row:
     """Mean over prompts and ratio of totals, each with its interval; smallest; percentiles where there are enough."""
-    parts = sums.parts(measure)
-    each = sums.each(measure)
+    each = sums.measure(name)
     each = each[np.isfinite(each)]
-    low, high = _percentiles(each, (10, 90)) if len(each) >= ENOUGH else (None, None)
-    total_low, total_high = _total_interval(parts)
+    p10, p90 = _percentiles(each, (10, 90)) if len(each) >= ENOUGH else (None, None)
+    totals = resampled.measure(name) if resampled else np.array([])
+    totals = totals[np.isfinite(totals)]
+    total_low, total_high = _percentiles(totals, RANKS) if len(totals) else (None, None)
+    mean = interval(each)
     return {
-        **{name: value for name, value in asdict(interval(each)).items() if name != "prompts"},
-        "total": _total(parts), "total_low": total_low, "total_high": total_high,
+        "mean": mean.mean, "low": mean.low, "high": mean.high,
+        "total": _known(together.measure(name)), "total_low": total_low, "total_high": total_high,
         "smallest": float(each.min()) if len(each) else None,
-        "p10": low, "p90": high,
+        "p10": p10, "p90": p90,
     }  # fmt: skip
+
+
+def _known(value: np.ndarray) -> float | None:
+    """The one number of [1], None for NaN."""
+    return float(value[0]) if np.isfinite(value[0]) else None
 
 
 def _without_loops(panels: Sequence[Panel]) -> list[Panel]:
@@ -201,7 +219,7 @@ def _paired(
     if not both:
         return Interval(None, None, None, 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = compare(*(_Sums.of(both, arm).each(measure) for arm in (one, other)))
+        values = compare(*(_Sums.of(both, arm).measure(measure) for arm in (one, other)))
     return interval(values[np.isfinite(values)])
 
 
@@ -222,27 +240,6 @@ def draws(n: int) -> np.ndarray:
     drawn = np.random.default_rng(SEED).integers(0, n, (RESAMPLES, n))
     flat = drawn + n * np.arange(RESAMPLES)[:, None]
     return np.bincount(flat.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n).astype(float)
-
-
-def _total_interval(parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> tuple[float | None, float | None]:
-    n = len(parts[0][0])
-    if n < 2:
-        return None, None
-    resampled = _quotient(tuple((draws(n) @ numerator, draws(n) @ below) for numerator, below in parts))
-    resampled = resampled[np.isfinite(resampled)]
-    return _percentiles(resampled, RANKS) if len(resampled) else (None, None)
-
-
-def _total(parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> float | None:
-    value = float(_quotient(tuple((numerator.sum(), below.sum()) for numerator, below in parts)))
-    return value if np.isfinite(value) else None
-
-
-def _quotient(parts: tuple[tuple[Any, Any], ...]) -> np.ndarray:
-    """The first rate, over the second where there are two."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rates = [np.divide(numerator, below) for numerator, below in parts]
-        return rates[0] if len(rates) == 1 else np.divide(*rates)
 
 
 def _percentiles(values: np.ndarray, ranks: tuple[float, float]) -> tuple[float, float]:

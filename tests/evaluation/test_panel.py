@@ -283,7 +283,7 @@ def test_eval_classic_measures_arms_of_the_bundled_pair(eval_classic_on, tmp_pat
         ("--arms standard --use_specextend", "--arms takes the place of --use_specextend"),
         ("--arms standard --ray", "--arms and --ray cannot be combined"),
         ("--arms standard --tensor_parallel", "--arms and --tensor_parallel cannot be combined"),
-        ("--arms standard --seconds 0", "seconds is 0.0; give a number above 0"),
+        ("--arms standard --seconds 0", "--seconds is 0; give a number above 0"),
         ("--arms standard standard", "arm standard is there twice"),
         ("--arms standard:depth=3", "setting 'depth' is unknown"),
         ("--arms standard -t 0 -1", "temperature is -1.0"),
