@@ -278,3 +278,6 @@ def _require(condition: bool, setting: str, value: Any, allowed: str) -> None:
         part, _, name = setting.rpartition(".")
         shown = f"retrieval {name}" if part == "retrieval" else name
         raise ConfigError(f"{shown} is {value!r}; {allowed}", setting=setting)
+
+
+TREES = {"paper": TreeConfig(), "price": TreeConfig.priced()}  # where a tree's settings begin, by name

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import Journal
+from specextend.evaluation.panel import Answer, Panel
 from specextend.evaluation.records import SampleRecord, Timing, Worker, hash_tokens
 
 
@@ -90,3 +91,42 @@ def write_results(
         for sample in range(3)
     ]
     write_journal(path, method, records, **setting)
+
+
+def answer(new_tokens: int = 9, decode_s: float = 2.0, accepted: tuple[int, ...] = (3, 1), **changes) -> Answer:
+    fields = {"first_difference": None, "loops": False, "distinct_4grams": 1.0}
+    drafted = [50] * len(accepted)
+    return Answer(timing(new_tokens, 1.0, decode_s), list(accepted), drafted, **{**fields, **changes})
+
+
+def panel(
+    arms: dict[str, Answer], *, data: str = "govreport", bucket: str = "1K", sample: int = 0, ar_s: float = 4.0,
+    **changes,
+) -> Panel:  # fmt: skip
+    """A panel whose baseline decodes nine tokens in `ar_s`."""
+    fields = {
+        "temperature": 0.0,
+        "run": 0,
+        "seed": 1000 * sample,
+        "source": f"{data}_{bucket}.jsonl:{sample + 1}",
+        "prompt_sha256": hash_tokens([sample]),
+        "prompt_tokens": 1000,
+        "cut": False,
+        "order": ["AR", *arms],
+        "autoregressive": answer(9, ar_s, ()),
+        "commit": {"id": "abc", "dirty": False},
+    }
+    return Panel(data, bucket, sample=sample, arms=arms, **{**fields, **changes})
+
+
+def panel_manifest(*arms: str) -> dict:
+    setting = manifest()["setting"]
+    of_arms = {arm: {"method": arm.partition(":")[0], "backend": "eager", "config": setting["config"]} for arm in arms}
+    kept = {name: setting[name] for name in ("model", "target", "draft", "dtype", "device", "max_gen_len")}
+    return {"setting": kept | {"backend": "eager", "arms": of_arms}, "environment": environment()}
+
+
+def write_panels(path: Path, panels: list[Panel]) -> None:
+    journal = Journal(path, panel_manifest(*panels[0].arms), read=Panel.from_json)
+    for one in panels:
+        journal.append(one)

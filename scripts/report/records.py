@@ -70,7 +70,10 @@ def _journal(path: Path, results: Path) -> list[dict[str, Any]]:
         lines.pop()  # being written, or cut off by a kill
     if not lines:
         return []
-    setting = _setting(json.loads(lines[0]))
+    manifest = json.loads(lines[0])
+    if "arms" in manifest["setting"]:
+        return []  # several arms beside each other have pages of their own (`evidence.py`)
+    setting = _setting(manifest)
     setting |= {"file": path.relative_to(results).as_posix(), "folder": path.parent.relative_to(results).as_posix()}
     records = [SampleRecord.from_json(json.loads(line)) for line in lines[1:]]
     whole = aggregate(records)  # fails on numbers that are none, too
@@ -96,13 +99,14 @@ def _setting(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: setting[name] for name in ("data", "method", "model", "draft", "dtype", "device", "max_gen_len")},
         "temperature": setting["sampling"]["temperature"],
-        "hardware": _place(setting, environment),
+        "hardware": place_of(setting, environment),
         "tree": _tree(config["tree"]) if drafts_trees else None,
         "versions": f"torch {environment['torch']}, transformers {environment['transformers']}",
     }
 
 
-def _place(setting: dict[str, Any], environment: dict[str, Any]) -> str:
+def place_of(setting: dict[str, Any], environment: dict[str, Any]) -> str:
+    """The processor that decoded."""
     hardware = environment["hardware"]
     cpu = f"{hardware['cpu']} with {environment['threads']} of {hardware['cores']} cores"
     return hardware["gpu"] if setting["device"] == "cuda" else cpu
@@ -197,4 +201,4 @@ def read_documents(results: Path, name: str) -> Iterator[tuple[Path, dict[str, A
 def title_of_document(content: dict[str, Any]) -> str:
     setting = content["setting"]
     models = f"{setting['model']} with {setting['draft']}, {setting['dtype']}"
-    return f"{models}, {_place(setting, content['environment'])}; {setting['data']}"
+    return f"{models}, {place_of(setting, content['environment'])}; {setting['data']}"

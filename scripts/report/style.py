@@ -27,6 +27,16 @@ RIVALS = {
     "self_retrieval": {"color": SKY, "marker": "X", "linestyle": "-.", "label": "self-retrieval"},
     "triforce": {"color": BLACK, "marker": "P", "linestyle": ":", "label": "TriForce"},
 }
+PARTS = {
+    "autoregressive": {"color": GREY, "marker": "_", "linestyle": "-", "label": "autoregressive"},
+    "autoregressive_hf": {"color": GREY, "marker": "x", "linestyle": ":", "label": "autoregressive, Hugging Face"},
+    "fa": {"color": "#F0C869", "marker": "<", "linestyle": "--", "label": "+ FlashAttention"},
+    "hta": {"color": "#A6761D", "marker": ">", "linestyle": "--", "label": "+ Hybrid Tree Attention"},
+    "streaming": {"color": "#66C2A5", "marker": "h", "linestyle": ":", "label": "+ StreamingLLM"},
+    "cmr": {"color": "#7FA8D1", "marker": "H", "linestyle": ":", "label": "+ Cross-model Retrieval"},
+    "fa_hta": {"color": "#8C510A", "marker": "p", "linestyle": "--", "label": "+ FA + HTA, full draft cache"},
+}
+VARIANTS = [("--", "s"), ("-.", "^"), (":", "D"), ("--", "v")]  # of further arms of one method: line and hollow mark
 CACHES = {
     "full": STYLES["standard"] | {"label": "draft, full cache"},
     "streaming": RIVALS["fa_hta_streaming"] | {"label": "draft, StreamingLLM"},
@@ -53,6 +63,26 @@ LAYOUT = {
     "hatch.linewidth": 0.6,
     "svg.hashsalt": "specextend",  # the same figures give the same file
 }
+
+
+def styles_of(arms: dict[str, str]) -> dict[str, dict[str, object]]:
+    """A line's look for each arm, given with its method: the colour is the method's, in every figure.
+
+    Of several arms of one method the first has the method's own line and mark, the others hollow marks.
+    """
+    styles: dict[str, dict[str, object]] = {}
+    seen: dict[str, int] = {}
+    for arm, method in arms.items():
+        own = (STYLES | RIVALS | PARTS).get(method, {"color": BLACK, "marker": "o", "linestyle": "-", "label": method})
+        place = seen[method] = seen.get(method, -1) + 1
+        style = line_of(own)
+        settings = arm.partition(":")[2]
+        style["label"] = f"{own['label']} ({settings})" if settings else own["label"]
+        if place:
+            line, mark = VARIANTS[(place - 1) % len(VARIANTS)]
+            style |= {"markerfacecolor": "white", "linestyle": line, "marker": mark}
+        styles[arm] = style
+    return styles
 
 
 def line_of(style: dict[str, str]) -> dict[str, object]:

@@ -39,7 +39,7 @@ from scripts.train.corpus import (
     train_tokenizer,
 )
 from scripts.train.facts import make_facts
-from scripts.train.generation import Written, ends_in_loop, write_rows
+from scripts.train.generation import Written, write_rows
 from scripts.train.heads import draft_vocabulary, feature_layers, head_agreement, head_objective, new_head
 from scripts.train.models import (
     CACHED,
@@ -58,6 +58,7 @@ from scripts.train.rows import REPETITIVE, Mix, RowSource
 from scripts.train.settings import LEAD, STAGES, Layout, Settings, TrainingError
 from scripts.train.trainer import Paused, Phase, Task, Trainer, log, multiplies_bfloat16
 from specextend.errors import SpecExtendError
+from specextend.evaluation.answers import ends_in_loop
 from specextend.models.loading import LoadedModels, load_tokenizer
 
 VALIDATION_TOKENS_PER_CHECK = 131_072

@@ -1,4 +1,4 @@
-"""Text the target writes itself: what a draft meets in use (on-policy rows), and the test for loops."""
+"""Text the target writes itself: what a draft meets in use (on-policy rows)."""
 
 import dataclasses
 import itertools
@@ -159,15 +159,3 @@ def rows_in_memory(model: LlamaForCausalLM, length: int, share: float = 0.5) -> 
 def head_dim_of(model: LlamaForCausalLM) -> int:
     config = model.config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def repeated_share(tokens: np.ndarray, order: int = 4) -> float:
-    """Share of the `order`-grams of `tokens` [N] that occurred in it before."""
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, order)
-    return 1 - len(np.unique(grams, axis=0)) / len(grams)
-
-
-def ends_in_loop(tokens: np.ndarray, tail: int = 64, max_period: int = 64) -> bool:
-    """Do the last `tail` tokens of `tokens` [N] repeat what stands some period <= `max_period` before them?"""
-    longest = min(max_period, len(tokens) - tail)
-    return any(np.array_equal(tokens[-tail:], tokens[-tail - p : -p]) for p in range(1, longest + 1))

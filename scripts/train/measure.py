@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from scripts.train.facts import Fact
-from scripts.train.generation import TEMPERATURE, continue_prompts, ends_in_loop, repeated_share
+from scripts.train.generation import TEMPERATURE, continue_prompts
 from scripts.train.models import last_hidden
 from scripts.train.trainer import autocast
+from specextend.evaluation.answers import ends_in_loop, repeated_share
 
 SLICE = 2048  # positions whose logits exist at once
 TAIL = 256  # positions scored before a length

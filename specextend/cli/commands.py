@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from specextend.cli import flags
+from specextend.cli.arms import data_dirs, measure_arms
 from specextend.cli.engines import uniform_engine
 from specextend.cli.reporter import ConsoleReporter
 from specextend.config import SpecExtendConfig
@@ -134,12 +135,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument("--data_dir", type=Path, default=Path("data/govreport"), help="folder of <name>_<length>.jsonl")
     data.add_argument(
-        "--lengths", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, such as "
-        "512 1K 4K (default: all)",
+        "--data_dir", type=Path, nargs="+", default=argparse.SUPPRESS, help="folder of <name>_<length>.jsonl; with "
+        "--arms also several (default: data/govreport)",
     )  # fmt: skip
-    data.add_argument("--samples_per_length", "-n", type=int, default=20, help="number of prompts per length")
+    data.add_argument(
+        "--lengths", "-l", nargs="+", metavar="LENGTH", default=argparse.SUPPRESS, help="prompt lengths to measure, "
+        "such as 512 1K 4K (default: all)",
+    )  # fmt: skip
+    data.add_argument(
+        "--samples_per_length", "-n", type=int, default=20, help="number of prompts per length and data set"
+    )
     data.add_argument("--runs_per_sample", "-r", type=int, default=2, help="number of measurements per prompt")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -154,6 +160,10 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--fresh", action="store_true", help="do not resume: start over, and keep the old results as .bak"
     )
+    output.add_argument(
+        "--seconds", type=float, default=argparse.SUPPRESS, help="with --arms: begin no prompt after so many seconds; "
+        "the same command goes on",
+    )  # fmt: skip
     spread = parser.add_argument_group("several workers (docs/scale.md)")
     spread.add_argument("--ray", action="store_true", help="measure on Ray workers, one per GPU or --cpus_per_worker")
     spread.add_argument(
@@ -168,23 +178,27 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--max_workers", type=int, default=argparse.SUPPRESS, help="maximum number of workers (default: all that fit)"
     )
     flags.add_method_flags(parser, several=True)
-    flags.add_sampling_flags(parser)
+    flags.add_sampling_flags(parser, several=True)
     flags.add_parallel_flags(parser)
 
 
 def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
-    """Measure the data set the flags name by each method, each prompt beside its autoregressive decoding."""
+    """Measure what the flags name: several arms beside each other, or one method after the other."""
+    if hasattr(args, "arms"):
+        _check_eval(args)
+        return measure_arms(args, load)
     ranks = flags.ranks_from(args)
     if ranks and ranks.rank:
         follow(Engines(args, load))
         return tensor_parallel.leave()
-    _check(args)
-    typed = getattr(args, "max_gen_len", 1)
-    require_positive(
-        samples_per_length=args.samples_per_length, runs_per_sample=args.runs_per_sample, max_gen_len=typed
-    )
+    _check_eval(args)
+    folders = data_dirs(args)
+    if len(folders) > 1:
+        raise ConfigError("--data_dir takes several folders with --arms alone; give one")
+    if hasattr(args, "seconds"):
+        raise ConfigError("--seconds is of no use without --arms")
     outputs = _output_files(getattr(args, "output_file", None), flags.methods_from(args))
-    data_dir = ensure_data(args.data_dir, args.model_name)
+    data_dir = ensure_data(folders[0], args.model_name)
     name = data_dir.resolve().name
     buckets = read_buckets(data_dir, args.samples_per_length, getattr(args, "lengths", ()))
     reasoning = name in REASONING and all("answer" in one.extra for prompts in buckets.values() for one in prompts)
@@ -207,6 +221,16 @@ def measure(args: argparse.Namespace, load: Callable[[], LoadedModels]) -> None:
             f"{len(failed)} samples could not be measured: {'; '.join(failed)}. The rest is in the results; the same "
             "command tries them again"
         )
+
+
+def _check_eval(args: argparse.Namespace) -> None:
+    """Mistakes in what is to be measured that need no model to be seen."""
+    _check(args)
+    require_positive(
+        samples_per_length=args.samples_per_length,
+        runs_per_sample=args.runs_per_sample,
+        max_gen_len=getattr(args, "max_gen_len", 1),
+    )
 
 
 def _reasoning_tokens(limit: int) -> int:

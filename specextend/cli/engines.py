@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from specextend.config import SpecExtendConfig
 from specextend.engine import SpecExtend
@@ -31,3 +31,19 @@ def uniform_engine(
             )
             return SpecExtend(models, configs[0], eager=True, prefix_reuse=prefix_reuse)
     return engine
+
+
+def arm_engines(models: LoadedModels, configs: Mapping[str, SpecExtendConfig], *, eager: bool) -> dict[str, SpecExtend]:
+    """The engine of every arm, by its name, over one cache of the target; every prompt is read whole.
+
+    On a GPU each is captured where it can be, and a line on stderr says who is not: an arm that runs eager is not
+    compared with the others by its method alone, and records and tables say so.
+    """
+    engines: dict[str, SpecExtend] = {}
+    for name, config in configs.items():
+        first = next(iter(engines.values()), None)
+        engine = first.with_config(config) if first else SpecExtend(models, config, eager=eager, prefix_reuse=False)
+        engines[name] = engine
+        if not eager and models.device.type == "cuda" and engine.backend == "eager":
+            print(f"{name} runs eager ({engine.why_eager}); --eager runs all arms so", file=sys.stderr)
+    return engines

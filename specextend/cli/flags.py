@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any, get_type_hints
 
 from specextend.cli.entry import run as run
 from specextend.cli.flag_names import FLAGS
-from specextend.config import DRAFT_CACHES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.config import DRAFT_CACHES, TREES, RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.engine import default_tree
 from specextend.errors import ConfigError
+from specextend.evaluation.arms import OWNER, Arm, read_arms, resolve
 from specextend.methods import METHODS, find_method
 from specextend.models import tensor_parallel
 from specextend.models.loading import LoadedModels
@@ -54,9 +55,6 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-
-TREES = {"paper": TreeConfig(), "price": TreeConfig.priced()}
 
 
 def add_model_flags(parser: argparse.ArgumentParser, *, widen: bool = False) -> None:
@@ -119,12 +117,18 @@ def shape_from(args: argparse.Namespace) -> str | None:
 
 
 def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """Flags for what decodes; `several`: `--method` takes more than one name."""
+    """Flags for what decodes; `several`: `--method` takes more than one name, and `--arms` takes the place of it."""
     group = parser.add_argument_group("method")
     named = {"metavar": "NAME"} | ({"nargs": "+"} if several else {})
     group.add_argument(
         "--method", default=argparse.SUPPRESS, help="decoding method, see --list_methods (default: standard)", **named
     )
+    if several:
+        group.add_argument(
+            "--arms", nargs="+", metavar="ARM", default=argparse.SUPPRESS, help="instead of --method: methods with "
+            "settings of their own, as standard specextend specextend:top_k=8,tree=price, beside each other on every "
+            f"prompt; settings: tree, {', '.join(OWNER)}",
+        )  # fmt: skip
     group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
     group.add_argument(
@@ -134,18 +138,36 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     _add_settings(group, "", "tree", "retrieval")
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    _add_settings(parser.add_argument_group("sampling"), "sampling")
+def add_sampling_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Flags for how tokens are chosen; `several`: `--temperature` takes more than one."""
+    changed = {"temperature": ("-t", {"nargs": "+"})} if several else {}
+    _add_settings(parser.add_argument_group("sampling"), "sampling", changed=changed)
 
 
 def sampling_from(args: argparse.Namespace, temperature: float = 0.0) -> SamplingConfig:
     """The sampling the flags ask for; `temperature` is the default where no flag gives one."""
-    return SamplingConfig(**{"temperature": temperature} | _given(args, "sampling"))
+    given = {"temperature": temperature} | _given(args, "sampling")
+    if isinstance(given["temperature"], list):
+        given["temperature"], *more = given["temperature"]
+        if more and not hasattr(args, "arms"):
+            raise ConfigError("--temperature takes several values with --arms alone; give one")
+    return SamplingConfig(**given)
+
+
+def temperatures_from(args: argparse.Namespace, default: float = 0.0) -> tuple[float, ...]:
+    """Those that the flags ask for, each to be measured."""
+    given = getattr(args, "temperature", default)
+    return tuple(given) if isinstance(given, list) else (given,)
 
 
 def methods_from(args: argparse.Namespace) -> list[str]:
     """Names of the methods the flags ask for; switches, sizes and trees come on top of each (`config_from`)."""
     named = getattr(args, "method", None)
+    arms = arms_from(args)
+    if arms:
+        if named or args.use_specextend:
+            raise ConfigError(f"--arms takes the place of {'--method' if named else '--use_specextend'}; give one")
+        return [*dict.fromkeys(arm.method for arm in arms)]
     names = [named] if isinstance(named, str) else named
     if args.use_specextend and names not in (None, ["specextend"]):
         raise ConfigError(
@@ -159,11 +181,17 @@ def methods_from(args: argparse.Namespace) -> list[str]:
     return names or ["specextend" if args.use_specextend else "standard"]
 
 
+def arms_from(args: argparse.Namespace) -> list[Arm]:
+    """The arms that the flags ask for, none where they ask for methods."""
+    return read_arms(getattr(args, "arms", ()))
+
+
 def check_settings(args: argparse.Namespace) -> None:
     """ConfigError for a setting out of its range, before anything is loaded."""
-    for name in methods_from(args):
-        tree, retrieval = TREES[getattr(args, "tree", "paper")], RetrievalConfig(top_k=256)  # as large as any preset's
-        _with_given(args, find_method(name).config(tree, retrieval))
+    tree, retrieval = TREES[getattr(args, "tree", "paper")], RetrievalConfig(top_k=256)  # as large as any preset's
+    bases = {name: _with_given(args, find_method(name).config(tree, retrieval)) for name in methods_from(args)}
+    for arm in arms_from(args):
+        arm.config(bases[arm.method])
     sampling_from(args)
 
 
@@ -179,6 +207,11 @@ def config_from(args: argparse.Namespace, models: LoadedModels, method: str | No
     unnamed = TreeConfig() if _given(args, "tree") else default_tree(models)
     tree = TREES[args.tree] if hasattr(args, "tree") else unnamed
     return _with_given(args, chosen.config(tree, models.preset.retrieval))
+
+
+def arm_configs(args: argparse.Namespace, models: LoadedModels) -> dict[str, SpecExtendConfig]:
+    """The setting of each arm by its name; the other flags hold for all of them."""
+    return resolve(arms_from(args), {name: config_from(args, models, name) for name in methods_from(args)})
 
 
 def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendConfig:
@@ -203,8 +236,12 @@ def _settings_of(part: str) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
             yield FLAGS[setting].removeprefix("--"), name, text, options
 
 
-def _add_settings(group, *parts: str) -> None:
-    """Flags of `parts`, absent from the namespace unless they are typed, so that defaults live in one place."""
+def _add_settings(group, *parts: str, changed: Mapping[str, tuple[str, dict[str, Any]]] | None = None) -> None:
+    """Flags of `parts`, absent from the namespace unless they are typed, so that defaults live in one place.
+
+    Args:
+        changed: by flag a short form of it, and further options.
+    """
     for part in parts:
         for flag, name, text, options in _settings_of(part):
             kind = {} if options else {"type": get_type_hints(PARTS[part])[name]}
@@ -212,7 +249,9 @@ def _add_settings(group, *parts: str) -> None:
             assert default is not MISSING, f"{name} has a default"
             preset = " or the model's own" if part in ("tree", "retrieval") else ""
             shown = "" if options == SWITCH else f" (default: {default}{preset})"
-            group.add_argument(f"--{flag}", default=argparse.SUPPRESS, help=text + shown, **kind, **options)
+            short, more = (changed or {}).get(flag, ("", {}))
+            names = (f"--{flag}", short) if short else (f"--{flag}",)
+            group.add_argument(*names, default=argparse.SUPPRESS, help=text + shown, **kind, **options, **more)
 
 
 class _ListMethods(argparse.Action):

@@ -38,6 +38,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def gpu_state(device: torch.device) -> dict[str, float] | None:
+    """Clocks in MHz and power in watts of a GPU at this moment; None where there is none that tells."""
+    if device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    chosen = (f"--id=GPU-{uuid}",) if uuid else ()
+    line = _output_of(
+        "nvidia-smi", *chosen, "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader,nounits"
+    )
+    try:
+        return dict(zip(("sm_mhz", "memory_mhz", "power_w"), map(float, (line or "").split(",")), strict=True))
+    except ValueError:  # a driver that does not know one of them
+        return None
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

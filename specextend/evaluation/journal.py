@@ -6,19 +6,33 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from specextend.errors import ConfigError, InputError
 from specextend.evaluation.files import append_lines, set_aside, write_whole
-from specextend.evaluation.records import SampleRecord, label
+from specextend.evaluation.records import SampleRecord
+
+
+class Record(Protocol):
+    """What a journal holds lines of: `SampleRecord`, `Panel`."""
+
+    @property
+    def key(self) -> tuple: ...
+
+    @property
+    def name(self) -> str: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Record)
 # may change between the sessions that fill one journal; threads stand in every record
 RENAMED = {"setting.config.draft": "setting.config.drafting"}  # in old records
 NOT_COMPARED = ("environment.commit", "environment.date", "environment.threads")
 
 
-class Journal:
+class Journal(Generic[R]):
     """Records on disk, append-only: what was appended survives a kill, and the next process goes on from there.
 
     Args:
@@ -27,14 +41,17 @@ class Journal:
             commit and date aside; ConfigError otherwise.
         fresh: read nothing and start over: with the first record what is there moves aside, and so does `derived`.
         derived: the file that is made of the journal.
+        read: makes a record of a line's content.
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], *, fresh: bool = False, derived: Path | None = None
-    ) -> None:
+        self, path: Path, manifest: dict[str, Any], *, fresh: bool = False, derived: Path | None = None,
+        read: Callable[[dict[str, Any]], R] = SampleRecord.from_json,
+    ) -> None:  # fmt: skip
         self.path = path
         self.manifest = manifest
-        self.records: list[SampleRecord] = []
+        self.records: list[R] = []
+        self._from_json = read
         self._old = [one for one in (path, derived) if one is not None] if fresh else []
         if not fresh:
             self._read()
@@ -48,19 +65,19 @@ class Journal:
         _require_same(self.path, measured, self.manifest)
         self.manifest = measured
         for number, line in enumerate(lines[1:], start=2):
-            record = _parse(self.path, number, line, SampleRecord.from_json)
+            record = _parse(self.path, number, line, self._from_json)
             if self.find(record.key) is not None:
                 raise InputError(
-                    f"{self.path}:{number} repeats a record ({label(record.key)}); remove that line, "
+                    f"{self.path}:{number} repeats a record ({record.name}); remove that line, "
                     "or pass --fresh to start over"
                 )
             self.records.append(record)
 
-    def find(self, key: tuple[str, int, int]) -> SampleRecord | None:
-        """The record of (bucket, sample, run), if it was measured already."""
+    def find(self, key: tuple) -> R | None:
+        """The record of a key, as (bucket, sample, run), if it was measured already."""
         return next((record for record in self.records if record.key == key), None)
 
-    def append(self, record: SampleRecord) -> None:
+    def append(self, record: R) -> None:
         """Write a record through to the disk; the first one brings the manifest with it."""
         assert self.find(record.key) is None, f"{record.key} is in {self.path} already"
         for old in self._old:

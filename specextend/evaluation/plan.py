@@ -13,11 +13,13 @@ from specextend.data.prompts import Prompt, find_buckets, normal_label, read_pro
 from specextend.errors import ConfigError, InputError
 from specextend.evaluation.environment import ROOT
 from specextend.evaluation.fingerprint import fingerprint
+from specextend.evaluation.records import label
 from specextend.methods import name_of
 from specextend.models.presets import public_id
 
 if TYPE_CHECKING:
     from specextend.engine import SpecExtend
+    from specextend.models.loading import LoadedModels
 
 WARM_UP_NEW_TOKENS = 8
 SEEDS = 2**63
@@ -31,6 +33,11 @@ class Task:
     key: tuple[str, int, int]
     prompt: Prompt
     seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return label(self.key)
 
     @property
     def prompt_sha256(self) -> str:
@@ -68,7 +75,15 @@ class Plan:
         for bucket, prompts in self.buckets.items():
             for sample, prompt in enumerate(prompts):
                 for run in range(self.runs_per_sample):
-                    yield Task((bucket, sample, run), prompt, (self.sampling.seed + 1000 * sample + run) % SEEDS)
+                    yield Task((bucket, sample, run), prompt, seed_of(self.sampling.seed, sample, run))
+
+    def label(self, task: Task) -> str:
+        """`task` for people, and of how many it is."""
+        return label(task.key, len(self.buckets[task.key[0]]), self.runs_per_sample)
+
+
+def seed_of(seed: int, sample: int, run: int) -> int:
+    return (seed + 1000 * sample + run) % SEEDS
 
 
 def require_positive(**settings: int) -> None:
@@ -94,19 +109,9 @@ def read_buckets(data_dir: Path, samples_per_length: int, lengths: Sequence[str]
 
 def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
     """All that decides the numbers besides hardware, versions and prompts; a journal holds records of one setting."""
-    models = engine.models
     return {
         "data": plan.data,
-        "model": public_name(models.name),
-        "target": public_name(models.target_id),
-        "draft": public_name(models.draft_id or "none"),
-        "weights": {  # of a sharded target no rank has all
-            "target": fingerprint(models.target) if models.ranks == 1 else None,
-            "draft": models.draft and fingerprint(models.draft),
-        },
-        "dtype": str(models.dtype).removeprefix("torch."),
-        "device": models.device.type,
-        **({"ranks": models.ranks} if models.ranks > 1 else {}),
+        **setting_of_models(engine.models),
         "backend": getattr(engine, "backend", "eager"),
         "method": name_of(engine.config),
         "config": asdict(engine.config),
@@ -118,6 +123,21 @@ def setting_of(engine: SpecExtend, plan: Plan) -> dict[str, Any]:
             "new_tokens": WARM_UP_NEW_TOKENS,
         },
         "order": "method and baseline take turns on each prompt; who is first alternates",
+    }
+
+
+def setting_of_models(models: LoadedModels) -> dict[str, Any]:
+    return {
+        "model": public_name(models.name),
+        "target": public_name(models.target_id),
+        "draft": public_name(models.draft_id or "none"),
+        "weights": {  # of a sharded target no rank has all
+            "target": fingerprint(models.target) if models.ranks == 1 else None,
+            "draft": models.draft and fingerprint(models.draft),
+        },
+        "dtype": str(models.dtype).removeprefix("torch."),
+        "device": models.device.type,
+        **({"ranks": models.ranks} if models.ranks > 1 else {}),
     }
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from specextend.evaluation.plan import Plan, Task
-from specextend.evaluation.records import SampleRecord, label
+from specextend.evaluation.records import SampleRecord
 
 DECODE_COST = 16  # one new token takes about as long as 16 prompt tokens; only the remaining time shown depends on it
 
@@ -44,24 +44,18 @@ class Reporter:
         self._bar.stop()
 
     def begin(self, task: Task, activity: str) -> None:
-        self._bar.update(self._task, description=f"{activity} {self._label(task)}")
+        self._bar.update(self._task, description=f"{activity} {self._plan.label(task)}")
 
     def finish(self, task: Task, record: SampleRecord) -> None:
         self._bar.advance(self._task, self._work(task))
-        figures = (
-            f"{record.method.tokens_per_s:.1f} tok/s (AR {record.autoregressive.tokens_per_s:.1f}), "
-            f"{self._remaining()} left"
-        )
+        figures = f"{record.speeds}, {self._remaining()} left"
         self._bar.update(self._task, figures=figures)
         if not self._console.is_terminal:
-            self._console.print(f"{self._label(task)}: {figures}", soft_wrap=True)
+            self._console.print(f"{self._plan.label(task)}: {figures}", soft_wrap=True)
 
     def note(self, line: str) -> None:
         """A line above the bar."""
         self._console.print(line, soft_wrap=True, markup=False)
-
-    def _label(self, task: Task) -> str:
-        return label(task.key, len(self._plan.buckets[task.key[0]]), self._plan.runs_per_sample)
 
     def _work(self, task: Task) -> float:
         """Rough cost of a task in prompt tokens, four characters each."""

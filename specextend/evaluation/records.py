@@ -167,6 +167,16 @@ class SampleRecord:
         return self.bucket, self.sample, self.run
 
     @property
+    def name(self) -> str:
+        """For people."""
+        return label(self.key)
+
+    @property
+    def speeds(self) -> str:
+        """For people."""
+        return f"{self.method.tokens_per_s:.1f} tok/s (AR {self.autoregressive.tokens_per_s:.1f})"
+
+    @property
     def equal_to_autoregressive(self) -> bool:
         return self.first_difference is None
 

@@ -21,7 +21,7 @@ from specextend.evaluation.files import check_output, locked
 from specextend.evaluation.journal import Journal, write_json
 from specextend.evaluation.plan import Plan, Task, default_output
 from specextend.evaluation.progress import Reporter
-from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord, label
+from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord
 from specextend.evaluation.tables import lengths_of, output_table, results_table
 from specextend.evaluation.terminal import PlainConsole
 from specextend.evaluation.workers import Failure, Workers
@@ -51,9 +51,9 @@ def evaluate(
     check_outputs(output_file)
     with locked(output_file):
         journal = Journal(output_file.with_suffix(".jsonl"), manifest, fresh=fresh, derived=output_file)
-        todo = _pending(plan, journal)
+        todo = pending(plan, journal)
         if todo:
-            _check_room(workers, plan)
+            check_room(workers.limit, plan.max_new_tokens)
         failed = _measure(workers, plan, todo, journal, console, output_file)
     report = per_length(journal)
     console.print(results_table(report, console.width))
@@ -81,7 +81,7 @@ def _measure(
         with Reporter(console, todo, plan) as reporter:
             for task, outcome in _by_length(workers.measure(plan, todo, reporter), todo, output_file, journal):
                 if isinstance(outcome, Failure):
-                    failed.append(f"{label(task.key)} ({outcome.reason})")
+                    failed.append(f"{task.name} ({outcome.reason})")
                     reporter.note(f"given up: {failed[-1]}")
                 else:
                     journal.append(outcome)
@@ -96,12 +96,12 @@ def _measure(
     return failed
 
 
-def _check_room(workers: Workers, plan: Plan) -> None:
-    """CapacityError where the answers alone would fill the model."""
-    if plan.max_new_tokens >= workers.limit:
+def check_room(limit: int, max_new_tokens: int) -> None:
+    """CapacityError where the answers alone would fill a model of `limit` positions."""
+    if max_new_tokens >= limit:
         raise CapacityError(
-            f"max_gen_len is {plan.max_new_tokens}, but the model holds {workers.limit} positions, the prompt's "
-            f"included; ask for at most {workers.limit - 1}"
+            f"max_gen_len is {max_new_tokens}, but the model holds {limit} positions, the prompt's included; ask for "
+            f"at most {limit - 1}"
         )
 
 
@@ -117,7 +117,7 @@ def _by_length(
             write_json(output_file, per_length(journal))
 
 
-def _pending(plan: Plan, journal: Journal) -> list[Task]:
+def pending(plan: Plan, journal: Journal) -> list[Task]:
     """Tasks not in the journal yet; ConfigError where it holds a record of another text under the same index."""
     todo = []
     for task in plan.tasks():
@@ -126,7 +126,7 @@ def _pending(plan: Plan, journal: Journal) -> list[Task]:
             todo.append(task)
         elif record.prompt_sha256 != task.prompt_sha256:
             raise ConfigError(
-                f"{journal.path} holds {label(task.key)} with another text: the prompts changed. "
+                f"{journal.path} holds {task.name} with another text: the prompts changed. "
                 "Pass --fresh to start over or another --output_file"
             )
     return todo

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from specextend.evaluation.panel_figures import pooled
 from specextend.evaluation.terminal import Column, fitted_table
 
 Figures = dict[str, Any]
@@ -39,6 +40,40 @@ def results_table(report: Figures, width: int) -> RenderableType:
         f"{setting.get('backend', 'eager')}), {method}, temperature {setting['sampling']['temperature']:g}",
         caption="accepted: drafts per round, bonus excluded; tok/s and speedup end to end; equal: samples",
     )
+
+
+def panel_table(report: Figures, width: int) -> RenderableType:
+    """The figures of several arms, data sets together."""
+    setting = report["manifest"]["setting"]
+    rows = pooled(report["figures"])
+
+    def column(heading: str, cell: Callable[[Figures], str], rank: int = 0, left: bool = False) -> Column:
+        return Column(heading, [cell(row) for row in rows], rank, left)
+
+    columns = [
+        column("temp.", lambda row: f"{row['temperature']:g}"),
+        column("length", lambda row: row["length"]),
+        column("arm", lambda row: row["arm"], left=True),
+        column("prompts", lambda row: str(row["prompts"]), 4),
+        column("accepted", lambda row: format_figure(row["accepted"]["mean"])),
+        column("tok/s AR", lambda row: format_figure(row["ar_decode_tokens_per_s"], 1), 3),
+        column("tok/s", lambda row: format_figure(row["decode_tokens_per_s"], 1), 2),
+        column("speedup decode", lambda row: _with_interval(row["speedup_decode"])),
+        column("speedup", lambda row: _with_interval(row["speedup"]), 1),
+        column("equal", lambda row: f"{row['equal']}/{row['prompts']}"),
+    ]
+    return fitted_table(
+        columns,
+        width,
+        title=f"{setting['model']} ({setting['dtype']}, {setting['device']}, {setting['backend']})",
+        caption="means over prompts of each prompt's own figure, in brackets their 95 % bootstrap intervals; accepted: "
+        "drafts per round, bonus excluded; tok/s: decoding, ratio of totals; equal: prompts",
+    )
+
+
+def _with_interval(figure: Figures) -> str:
+    mean, low, high = (format_figure(figure[name]) for name in ("mean", "low", "high"))
+    return mean if figure["low"] is None else f"{mean} [{low}, {high}]"
 
 
 def output_table(report: Figures, width: int) -> RenderableType:

@@ -130,7 +130,7 @@ class Meter:
 
         Kernels are loaded, threads started, and memory and graphs of this length are in place.
         """
-        ids, _ = self._prompt_ids(task.prompt)
+        ids, _ = prompt_ids(self.engine, task.prompt, self.plan.max_new_tokens)
         new_tokens = min(WARM_UP_NEW_TOKENS, self.plan.max_new_tokens)
         for generate in (self.engine.autoregressive, self.engine.generate):
             generate(ids, new_tokens, sampling=self.plan.sampling)
@@ -139,7 +139,7 @@ class Meter:
     def measure(self, task: Task) -> SampleRecord:
         """Exactly one generation by the method and one autoregressively, of the same prompt with the same seed."""
         bucket, sample, run = task.key
-        ids, cut = self._prompt_ids(task.prompt)
+        ids, cut = prompt_ids(self.engine, task.prompt, self.plan.max_new_tokens)
         sampling = replace(self.plan.sampling, seed=task.seed)
         turns = [("autoregressive", self.engine.autoregressive), ("method", self.engine.generate)]
         if (sample + run) % 2:
@@ -164,21 +164,23 @@ class Meter:
             method=Timing.of(method),
             autoregressive=Timing.of(baseline),
             commit=self.commit,
-            answered_right=self._is_right(method.text, task.prompt),
+            answered_right=judged(self.engine, method.text, task.prompt),
             worker=self.worker,
         )
 
-    def _is_right(self, text: str, prompt: Prompt) -> bool | None:
-        """The bundled model knows nothing: its hits would be luck, and are not counted."""
-        if "answer" not in prompt.extra or self.engine.models.name.split()[0] == "bundled":
-            return None
-        return is_right(text, str(prompt.extra["answer"]))
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[Tensor, bool]:
-        """[N] prompt ids that leave room for the new tokens, and whether the middle had to go for it."""
-        ids = self.engine.encode(prompt.text)
-        limit = self.engine.max_prompt_tokens(self.plan.max_new_tokens)
-        return (cut_to_fit(ids, limit), True) if len(ids) > limit else (ids, False)
+def prompt_ids(engine: SpecExtend, prompt: Prompt, max_new_tokens: int) -> tuple[Tensor, bool]:
+    """[N] prompt ids that leave room for the new tokens, and whether the middle had to go for it."""
+    ids = engine.encode(prompt.text)
+    limit = engine.max_prompt_tokens(max_new_tokens)
+    return (cut_to_fit(ids, limit), True) if len(ids) > limit else (ids, False)
+
+
+def judged(engine: SpecExtend, text: str, prompt: Prompt) -> bool | None:
+    """Whether `text` is right; the bundled model knows nothing: its hits would be luck, and are not counted."""
+    if "answer" not in prompt.extra or engine.models.name.split()[0] == "bundled":
+        return None
+    return is_right(text, str(prompt.extra["answer"]))
 
 
 def warm(generate: Callable[[], Generation]) -> Generation:

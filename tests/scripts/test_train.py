@@ -20,7 +20,7 @@ from scripts.train import measure
 from scripts.train.corpus import BOS_ID, EOS_ID, Encoded, encode, hold_out, read_documents, train_tokenizer
 from scripts.train.divergence import chunk_divergence, divergence
 from scripts.train.facts import make_facts
-from scripts.train.generation import continue_prompts, ends_in_loop, repeated_share, write_rows
+from scripts.train.generation import continue_prompts, write_rows
 from scripts.train.models import (
     CACHED,
     CAUSAL,
@@ -38,6 +38,7 @@ from scripts.train.settings import Settings, TrainingError
 from scripts.train.trainer import Phase, Task, Trainer, make_optimizers
 from specextend import SpecExtend
 from specextend.config import SpecExtendConfig
+from specextend.evaluation.answers import ends_in_loop, repeated_share
 from specextend.models.loading import load_models
 
 ROOT = Path(__file__).parents[2]
