@@ -132,8 +132,8 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     group.add_argument("--list_methods", action=_ListMethods, help="list the methods and exit")
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
     group.add_argument(
-        "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: as large as they earn their measured time, "
-        "or the paper's bounds (default: price; where one of the flags below gives a bound, the paper's others)",
+        "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: as large as they earn their measured "
+        "time, or the paper's bounds (default: price; where one of the flags below gives a bound, the paper's others)",
     )  # fmt: skip
     _add_settings(group, "", "tree", "retrieval")
 
