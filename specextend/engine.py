@@ -402,13 +402,13 @@ def _checked_stop(stop: Sequence[str]) -> tuple[str, ...]:
 
 
 def default_config(models: LoadedModels) -> SpecExtendConfig:
-    """All parts of SpecExtend, with the retrieval of the preset and trees priced by their time."""
+    """All parts of SpecExtend, with the retrieval of the preset and the tree of the device."""
     return SpecExtendConfig.specextend(tree=default_tree(models), retrieval=models.preset.retrieval)
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
-    """Trees priced by their time; the paper's where several processes, whose clocks differ, share the target."""
-    return TreeConfig() if models.ranks > 1 else TreeConfig.priced()
+    """Trees priced by their time on a CPU; the paper's on a GPU, and where several processes share the target."""
+    return TreeConfig() if models.ranks > 1 or models.device.type != "cpu" else TreeConfig.priced()
 
 
 def _build_target(

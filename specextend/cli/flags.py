@@ -133,7 +133,7 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
     group.add_argument(
         "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: as large as they earn their measured "
-        "time, or the paper's bounds (default: price; where one of the flags below gives a bound, the paper's others)",
+        "time, or the paper's bounds (default: price on a CPU; paper on a GPU, and where a flag below gives a bound)",
     )  # fmt: skip
     _add_settings(group, "", "tree", "retrieval")
 
@@ -196,8 +196,7 @@ def check_settings(args: argparse.Namespace) -> None:
 
 
 def config_from(args: argparse.Namespace, models: LoadedModels, method: str | None = None) -> SpecExtendConfig:
-    """The setting the flags ask for; what they leave open is the preset's, then the paper's, but for the
-    tree: without a flag for it, it is priced by its time.
+    """The setting the flags ask for; what they leave open is the preset's for this device, then the paper's.
 
     Args:
         method: one of `methods_from`; None takes the first.

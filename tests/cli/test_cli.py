@@ -41,9 +41,9 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def config_of(*words: str, ranks: int = 1) -> SpecExtendConfig:
-    preset = Preset("tiny", "tiny", None)
-    return flags.config_from(parse(*words), SimpleNamespace(preset=preset, ranks=ranks))
+def config_of(*words: str, device: str = "cpu", ranks: int = 1) -> SpecExtendConfig:
+    models = SimpleNamespace(preset=Preset("tiny", "tiny", None), device=torch.device(device), ranks=ranks)
+    return flags.config_from(parse(*words), models)
 
 
 def test_without_flags_the_setting_is_standard_and_the_papers():
@@ -92,7 +92,7 @@ def test_every_switch_changes_its_own_field(words, field, value):
     ],
 )
 def test_every_parameter_of_the_reference_has_its_flag(flag, part, field):
-    expected = {**vars(getattr(config_of(), part)), field: 7}
+    expected = {**vars(getattr(config_of("--tree", "paper"), part)), field: 7}
     assert vars(getattr(config_of(flag, "7"), part)) == expected
 
 
@@ -120,12 +120,12 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     assert (plan.max_new_tokens, plan.sampling.temperature) == (64, 0)
 
 
-def test_trees_are_priced_unless_a_flag_gives_a_bound_or_the_target_is_shared():
+def test_trees_are_priced_on_a_cpu_unless_a_flag_gives_a_bound_or_the_target_is_shared():
     assert config_of().tree == config_of("--use_specextend").tree == TreeConfig.priced()
     assert config_of("--nodes", "9").tree == TreeConfig(nodes=9)
     assert config_of("--threshold", "0.3").tree == TreeConfig(threshold=0.3)
     assert config_of("--tree", "paper").tree == TreeConfig()
-    assert config_of(ranks=2).tree == TreeConfig()
+    assert config_of(ranks=2).tree == config_of(device="cuda").tree == TreeConfig()
 
 
 def test_priced_trees_are_a_flag_and_take_no_bounds_but_their_size():
