@@ -110,7 +110,7 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
         commands.add_eval_flags(parser)
         flags.add_model_flags(parser)
         args = parser.parse_args(["--data_dir", str(problems), *words])
-        commands.measure(args, lambda: SimpleNamespace(preset=preset, device=torch.device("cpu")))
+        commands.measure(args, lambda: SimpleNamespace(preset=preset, device=torch.device("cpu"), ranks=1))
         return plans[-1]
 
     plan = plan_of()
