@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, replace
@@ -210,7 +211,14 @@ def config_from(args: argparse.Namespace, models: LoadedModels, method: str | No
 
 def arm_configs(args: argparse.Namespace, models: LoadedModels) -> dict[str, SpecExtendConfig]:
     """The setting of each arm by its name; the other flags hold for all of them."""
-    return resolve(arms_from(args), {name: config_from(args, models, name) for name in methods_from(args)})
+
+    def base_of(arm: Arm) -> SpecExtendConfig:
+        base = config_from(args, models, arm.method)
+        # whoever gives a bound and no tree means a tree of fixed bounds
+        fixed = arm.bounds_tree and base.tree.rule == "price" and not hasattr(args, "tree")
+        return replace(base, tree=TREES["paper"]) if fixed else base
+
+    return resolve(arms_from(args), base_of, lambda line: print(line, file=sys.stderr))
 
 
 def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendConfig:

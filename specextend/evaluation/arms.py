@@ -6,7 +6,7 @@ and `tree=paper` or `tree=price`, which say where the tree begins. What an arm l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
@@ -40,6 +40,11 @@ class Arm:
         given = ({"tree": self.tree} if self.tree else {}) | self.settings
         shown = ",".join(f"{name}={value}" for name, value in given.items())
         return f"{self.method}:{shown}" if shown else self.method
+
+    @property
+    def bounds_tree(self) -> bool:
+        """Whether it gives a bound of the tree, and not which tree."""
+        return self.tree is None and any(OWNER[name] == "tree" for name in self.settings)
 
     def config(self, base: SpecExtendConfig) -> SpecExtendConfig:
         """Its setting, where `base` is that of its method in the run."""
@@ -85,19 +90,23 @@ def read_arm(text: str) -> Arm:
     return Arm(method, tree, {name: _number(text, name, value) for name, value in given.items()})
 
 
-def resolve(arms: Sequence[Arm], base_of: Mapping[str, SpecExtendConfig]) -> dict[str, SpecExtendConfig]:
-    """The setting of each arm by its name; ConfigError where two come to the same.
+def resolve(
+    arms: Sequence[Arm], base_of: Callable[[Arm], SpecExtendConfig], note: Callable[[str], None]
+) -> dict[str, SpecExtendConfig]:
+    """The setting of each arm by its name; of several that come to the same the first.
 
     Args:
-        base_of: the setting of each method in the run.
+        base_of: what the run says of an arm's method.
+        note: told of an arm that is left out, in a line.
     """
     configs: dict[str, SpecExtendConfig] = {}
     for arm in arms:
-        config = arm.config(base_of[arm.method])
+        config = arm.config(base_of(arm))
         same = [name for name, other in configs.items() if other == config]
         if same:
-            raise ConfigError(f"arms {same[0]} and {arm.name} are the same setting; leave one out")
-        configs[arm.name] = config
+            note(f"{arm.name} is left out: with these models it is the setting of {same[0]}")
+        else:
+            configs[arm.name] = config
     return configs
 
 

@@ -1,13 +1,17 @@
 """Arms as they are written, and the settings they come to."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from specextend.cli import commands, flags
 from specextend.config import TREES, RetrievalConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ConfigError
 from specextend.evaluation.arms import Arm, read_arm, read_arms, resolve
 from specextend.methods import METHODS
+from specextend.models.presets import Preset
 
 RETRIEVAL = RetrievalConfig()
 BASES = {name: method.config(TreeConfig(), RETRIEVAL) for name, method in METHODS.items()}
@@ -78,8 +82,36 @@ def test_a_mistake_is_one_line_that_names_the_arm(text, message):
 def test_every_arm_is_there_once():
     with pytest.raises(ConfigError, match="arm specextend:nodes=5,top_k=8 is there twice"):
         read_arms(["specextend:top_k=8,nodes=5", "standard", "specextend:nodes=5,top_k=8"])
-    with pytest.raises(ConfigError, match="arms specextend and specextend:top_k=32 are the same setting"):
-        resolve(read_arms(["specextend", "specextend:top_k=32"]), BASES)
-    configs = resolve(read_arms(["standard", "specextend", "specextend:top_k=8"]), BASES)
+    notes = []
+    arms = read_arms(["standard", "specextend", "specextend:top_k=32", "specextend:top_k=8"])
+    configs = resolve(arms, lambda arm: BASES[arm.method], notes.append)
     assert list(configs) == ["standard", "specextend", "specextend:top_k=8"]
     assert configs["specextend:top_k=8"].retrieval.top_k == 8
+    assert notes == ["specextend:top_k=32 is left out: with these models it is the setting of specextend"]
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], [TREES["price"], TreeConfig(nodes=20, threshold=0.05), TreeConfig(nodes=20)]),
+        (["--tree", "paper"], [TreeConfig(), TreeConfig(nodes=20, threshold=0.05), TreeConfig(nodes=20)]),
+    ],
+)
+def test_a_bound_means_a_tree_of_fixed_bounds_unless_the_run_names_another(words, expected, monkeypatch):
+    monkeypatch.setattr(flags, "default_tree", lambda models: TREES["price"])
+    arms = ["specextend:top_k=8", "specextend:threshold=0.05,nodes=20", "specextend:nodes=20"]
+    assert trees_of([*words, "--arms", *arms]) == expected
+
+
+def test_a_bound_of_a_run_of_priced_trees_is_one_of_their_size():
+    assert trees_of(["--tree", "price", "--arms", "specextend:nodes=20"]) == [replace(TREES["price"], nodes=20)]
+    with pytest.raises(ConfigError, match="priced trees have no such bound"):
+        trees_of(["--tree", "price", "--arms", "specextend:threshold=0.05"])
+
+
+def trees_of(words: list[str]) -> list[TreeConfig]:
+    """The tree of each arm on a command line."""
+    parser = flags.parser("test")
+    commands.add_eval_flags(parser)
+    models = SimpleNamespace(preset=Preset("tiny", "tiny", None), device=torch.device("cpu"), ranks=1)
+    return [config.tree for config in flags.arm_configs(parser.parse_args(words), models).values()]
