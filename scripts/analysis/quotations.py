@@ -116,13 +116,13 @@ def score(args: argparse.Namespace) -> None:
     }  # fmt: skip
     store = Store(args.output_file, setting, fresh=args.fresh)
     sampling = SamplingConfig(args.temperature)
-    for cache, config in settings(models, args.chunks):
-        engine = base.with_config(config)
-        for length, prompts in buckets.items():
-            for sample, prompt in enumerate(prompts):
+    engines = {cache: base.with_config(config) for cache, config in settings(models, args.chunks)}
+    for length, prompts in buckets.items():
+        for sample, prompt in enumerate(prompts):
+            for cache, engine in engines.items():
                 key = {"length": length, "sample": sample, "cache": cache}
                 store.measure(key, partial(measure, engine, prompt, args.max_gen_len, sampling))
-                print(f"{cache}, {length}, prompt {sample + 1} of {len(prompts)}", file=sys.stderr)
+            print(f"{length}, prompt {sample + 1} of {len(prompts)}", file=sys.stderr)
     print(tables(frame_of_scores(store)))
     print(json.dumps({"output": str(args.output_file), "records": len(list(store))}))
 

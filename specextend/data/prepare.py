@@ -39,7 +39,6 @@ DEFAULT_ROOM = 256
 BUILTIN = "builtin"
 AIME = "aime24"
 _PROBE_TIMEOUT_S = 5.0
-_BEGINNING = 200  # characters by which a document is known again
 
 
 @dataclass(frozen=True)
@@ -243,14 +242,14 @@ def prepare_prompts(folder: Path, name: str | None, config: PrepareConfig) -> No
 def prompt_documents(folder: Path) -> Iterator[Document]:
     """The documents that the prompts of a folder ask about, those of the longest file first, each as long as it is.
 
-    A file of shorter prompts often holds the same documents again: what begins alike is read once.
+    A file of shorter prompts often holds the same documents again: one whose first third begins another is left out.
     """
-    beginnings = set()
+    known: list[str] = []
     for path in reversed(find_buckets(folder).values()):
         for prompt in read_prompts(path):
             text = strip_text(document_in(prompt.text))
-            if text[:_BEGINNING] not in beginnings:
-                beginnings.add(text[:_BEGINNING])
+            if not any(longer.startswith(text[: len(text) // 3]) for longer in known):
+                known.append(text)
                 yield Document(text, f"{path.name}:{prompt.source.rpartition(':')[2]}")
 
 
