@@ -19,6 +19,8 @@ FLAGS = {
         "samples": "samples",
         "set_name": "name",
         "from_dir": "from_dir",
+        "room": "room",
+        "skip": "skip",
         "flash_prefill": "flash_prefill",
         "hybrid_tree_attention": "hybrid_tree_attention",
         "draft_cache": "draft_cache",

@@ -1,8 +1,9 @@
 """Building `data/<name>/<name>_<length>.jsonl` ("Experiments": inputs of 512 to 16K tokens, summarization prompts).
 
-Documents come from the Hugging Face hub, from a folder of text files, or from Python's language reference. Each prompt
-is a document at least as long as asked for, cut so that the whole prompt, templates included, fills the length by the
-target's tokenizer. All files of a set are collected first and then renamed into place: there is never half a file.
+Documents come from the Hugging Face hub, from a folder of texts or of prompts, or from Python's language reference.
+Each prompt is a document at least as long as asked for, cut so that the whole prompt, templates included, fills the
+length by the target's tokenizer (`cutting.py`). All files of a set are collected first and then renamed into place:
+there is never half a file.
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from specextend.data.builtin import builtin_topics, join_topics
-from specextend.data.prompts import SUMMARY_TEMPLATE, TEXT_SUFFIXES, length_label, parse_length, read_text, strip_text
-from specextend.data.templates import encode_prompt
-from specextend.errors import InputError, ModelError
+from specextend.data.cutting import Cutter, Document, SameDocuments, document_in, load_cutter, load_limit
+from specextend.data.prompts import (
+    TEXT_SUFFIXES,
+    find_buckets,
+    length_label,
+    parse_length,
+    read_prompts,
+    read_text,
+    strip_text,
+)
+from specextend.errors import InputError
 
 DEFAULT_LENGTHS = ("512", "1K", "2K", "4K", "8K", "16K")
 DEFAULT_SAMPLES = 20
+DEFAULT_ROOM = 256
 BUILTIN = "builtin"
 AIME = "aime24"
 _PROBE_TIMEOUT_S = 5.0
@@ -67,51 +76,6 @@ KNOWN_SETS = (*HUB_SOURCES, BUILTIN)
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text to make prompts of; `source` says where it is from ("kmfoda/booksum:12", a file's name)."""
-
-    text: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts documents into prompts of a given length by one model's tokenizer and conversation template."""
-
-    tokenizer: PreTrainedTokenizerBase
-    template: str | None
-
-    def records(self, document: Document, lengths: Iterable[int]) -> dict[int, dict]:
-        """One record for each of `lengths` (tokens) that the document is long enough for."""
-        encoding = self.tokenizer(
-            document.text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        ends = [end for _, end in encoding["offset_mapping"]]  # [N] characters up to and including each token
-        cut = {length: self._cut(document.text, ends, length) for length in lengths if length <= len(ends)}
-        return {
-            length: {"text": text, "original_length": len(ends), "trunc_length": tokens, "source": document.source}
-            for length, (text, tokens) in cut.items()
-        }
-
-    def _cut(self, text: str, ends: list[int], length: int) -> tuple[str, int]:
-        """The summarization prompt of at most `length` tokens, and how many it has."""
-        keep = length
-        while keep > 0:
-            prompt = SUMMARY_TEMPLATE.format(text=text[: ends[keep - 1]])
-            tokens = len(encode_prompt(prompt, self.template, self.tokenizer))
-            if tokens <= length:
-                return prompt, tokens
-            keep -= tokens - length  # the first round learns what the templates take, later ones settle merges
-        raise InputError(
-            f"a length of {length} tokens is filled by the prompt's template alone; use longer ones", setting="lengths"
-        )
-
-
-@dataclass(frozen=True)
 class PrepareConfig:
     """What to build for each set.
 
@@ -121,6 +85,10 @@ class PrepareConfig:
         lengths: prompt lengths in tokens.
         samples: prompts per length.
         force: build again what is there already.
+        same_documents: every length has the same documents, in the same order, without their middle; else a length has
+            the first documents that are long enough for it, cut at the end.
+        room: tokens for the answer that the longest prompts leave to the model, with `same_documents`.
+        skip: leave out the first documents of each length, such as those that settings were tuned on.
     """
 
     root: Path = Path("data")
@@ -128,8 +96,13 @@ class PrepareConfig:
     lengths: tuple[int, ...] = tuple(parse_length(label) for label in DEFAULT_LENGTHS)
     samples: int = DEFAULT_SAMPLES
     force: bool = False
+    same_documents: bool = False
+    room: int = DEFAULT_ROOM
+    skip: int = 0
 
     def __post_init__(self) -> None:
+        if self.skip < 0:
+            raise InputError(f"skip is {self.skip}; it is a number of documents, 0 leaves out none", setting="skip")
         if self.samples < 1:
             raise InputError(f"samples is {self.samples}; ask for at least 1 prompt per length", setting="samples")
         if not self.lengths:
@@ -171,13 +144,22 @@ def prepare_folder(folder: Path, name: str | None, config: PrepareConfig) -> Non
 
 
 def prepare_documents(name: str, documents: Iterator[Document], config: PrepareConfig) -> None:
-    """Write one file per length, prompts taken from the documents in their order; existing files stay."""
-    missing = [length for length in sorted(set(config.lengths)) if _is_due(_file_of(name, config.root, length), config)]
+    """Write one file per length, prompts taken from the documents in their order; existing files stay.
+
+    Where all lengths have the same documents they stay together or are all built again.
+    """
+    lengths = sorted(set(config.lengths))
+    missing = [length for length in lengths if _is_due(_file_of(name, config.root, length), config)]
     if not missing:
         return
     check_writable(config.root / name)
-    collected = collect(name, documents, load_cutter(config.model_name), missing, config.samples)
+    cutter = load_cutter(config.model_name)
+    if config.same_documents:
+        missing = lengths
+        cutter = SameDocuments(cutter.tokenizer, cutter.template, load_limit(config.model_name, config.room))
+    collected = collect(name, documents, cutter, missing, config.skip + config.samples)
     for length, records in collected.items():
+        records = records[config.skip :]
         if len(records) < config.samples:
             say(f"{name}: {len(records)} of {config.samples} prompts of {length_label(length)}: no more such texts")
         if records:
@@ -216,7 +198,7 @@ def collect(
                 break
     if not longest:
         raise InputError(
-            f"{name}: none of {len(seen)} texts has {length_label(min(lengths))} tokens; "
+            f"{name}: none of {len(seen)} texts has {length_label(cutter.needed(lengths))} tokens; "
             "give longer texts or shorter lengths",
             setting="lengths",
         )
@@ -246,6 +228,29 @@ def folder_documents(folder: Path) -> Iterator[Document]:
     if len(texts) < len(files):
         say(f"{folder}: reading {len(texts)} text files, leaving out {len(files) - len(texts)} other files")
     return (Document(strip_text(read_text(path)), path.relative_to(folder).as_posix()) for path in texts)
+
+
+def prepare_prompts(folder: Path, name: str | None, config: PrepareConfig) -> None:
+    """Build a set from the documents in a folder of prompts, called like the folder unless `name` says otherwise."""
+    folder = Path(folder)
+    target = config.root / (name or folder.resolve().name)
+    if target.resolve() == folder.resolve():
+        raise InputError(f"{folder} would be read and written; choose another folder or name", setting="root")
+    prepare_documents(target.name, prompt_documents(folder), config)
+
+
+def prompt_documents(folder: Path) -> Iterator[Document]:
+    """The documents that the prompts of a folder ask about, those of the longest file first, each as long as it is.
+
+    A file of shorter prompts often holds the same documents again: one whose first third begins another is left out.
+    """
+    known: list[str] = []
+    for path in reversed(find_buckets(folder).values()):
+        for prompt in read_prompts(path):
+            text = strip_text(document_in(prompt.text))
+            if not any(longer.startswith(text[: len(text) // 3]) for longer in known):
+                known.append(text)
+                yield Document(text, f"{path.name}:{prompt.source.rpartition(':')[2]}")
 
 
 def hub_documents(name: str) -> Iterator[Document]:
@@ -315,18 +320,6 @@ def _unavailable(name: str, reason: str) -> InputError:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def load_cutter(model_name: str) -> Cutter:
-    """The tokenizer and conversation template of a model, without its weights."""
-    from specextend.models.loading import load_tokenizer
-    from specextend.models.presets import find_preset
-
-    tokenizer = load_tokenizer(model_name)
-    if not tokenizer.is_fast:
-        raise ModelError(f"{model_name} has no fast tokenizer, which cutting texts needs; use another model's")
-    own_template = "chat" if tokenizer.chat_template else None
-    return Cutter(tokenizer, find_preset(model_name).template or own_template)
 
 
 def check_writable(folder: Path) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from specextend.data import prepare
-from specextend.data.prepare import Cutter, Document, PrepareConfig, ensure_data, prepare_folder, prepare_known
+from specextend.data import cutting, prepare
+from specextend.data.cutting import GAP, Cutter, Document, SameDocuments, document_in
+from specextend.data.prepare import PrepareConfig, ensure_data, prepare_folder, prepare_known, prepare_prompts
 from specextend.data.prompts import SUMMARY_TEMPLATE, find_buckets, read_prompts
 from specextend.data.templates import encode_prompt, format_prompt
 from specextend.errors import InputError, ModelError
@@ -25,7 +26,7 @@ from specextend.errors import InputError, ModelError
 ROOT = Path(__file__).parents[2]
 SENTENCE = "the river ran past the old mill and nobody in the village knew where it ended or why it had begun"
 WORDS = SENTENCE.split()
-LOAD_CUTTER = prepare.load_cutter  # the real one; `tiny_tokenizer` replaces it in every test
+LOAD_CUTTER = cutting.load_cutter  # the real one; `tiny_tokenizer` replaces it in every test
 
 
 def story(seed: int, words: int) -> str:
@@ -61,6 +62,7 @@ TOKENIZER = bpe_tokenizer()
 def tiny_tokenizer(monkeypatch):
     """No model is needed to count tokens here."""
     monkeypatch.setattr(prepare, "load_cutter", lambda name: Cutter(TOKENIZER, None))
+    monkeypatch.setattr(prepare, "load_limit", lambda name, room: 1280 - room)
 
 
 @pytest.fixture
@@ -128,6 +130,80 @@ def test_a_presets_template_counts_and_slow_tokenizers_are_refused(monkeypatch):
     monkeypatch.setattr("specextend.models.loading.load_tokenizer", lambda name: SimpleNamespace(is_fast=False))
     with pytest.raises(ModelError, match="vicuna_7b has no fast tokenizer"):
         LOAD_CUTTER("vicuna_7b")
+
+
+# The same documents at every length
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.integers(20, 40),
+    st.sampled_from([None, "chat", "vicuna_v1.1"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_document_without_its_middle_fills_every_length_and_keeps_beginning_end_and_instruction(
+    piece, repeat, template
+):
+    text = "The beginning. " + f"{piece} river " * repeat * 8 + " The end."
+    whole = len(TOKENIZER(text, add_special_tokens=False).input_ids)
+    cutter = SameDocuments(TOKENIZER, template, 700)
+    records = cutter.records(Document(text, "here"), [512, 1024])
+    assert list(records) == ([512, 1024] if whole >= 700 else [])
+    for length, record in records.items():
+        most = min(length, 700)
+        tokens = len(encode_prompt(record["text"], template, TOKENIZER))
+        assert most - 8 <= tokens == record["trunc_length"] <= most
+        assert record["document"] == record["source"] == "here" and record["original_length"] == whole
+        head, tail = SUMMARY_TEMPLATE.split("{text}")
+        assert record["text"].startswith(head) and record["text"].endswith(tail)
+        beginning, _, end = record["text"][len(head) : -len(tail)].partition(GAP)
+        assert text.startswith(beginning) and text.endswith(end) and len(beginning) + len(end) < len(text)
+        assert beginning.startswith("The beginning.") and end.endswith("The end.")
+
+
+def test_the_same_documents_serve_every_length_or_none(tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for seed, words in enumerate((600, 90, 600, 600, 600)):
+        (texts / f"{seed}.txt").write_text(story(seed, words))
+    same = config(tmp_path / "data", lengths=(128, 512), samples=2, same_documents=True, skip=1)
+    prepare_folder(texts, "mine", same)
+    for length, most in (("128", 128), ("512", 512)):
+        records = records_of(tmp_path / "data" / "mine" / f"mine_{length}.jsonl")
+        assert [record["document"] for record in records] == ["2.txt", "3.txt"]  # 0 is skipped, 1 is too short
+        assert all(record["trunc_length"] <= most for record in records)
+    (tmp_path / "data" / "mine" / "mine_512.jsonl").unlink()
+    (tmp_path / "data" / "mine" / "mine_128.jsonl").write_text("of other documents")
+    prepare_folder(texts, "mine", same)
+    assert len(records_of(tmp_path / "data" / "mine" / "mine_128.jsonl")) == 2
+    with pytest.raises(InputError, match="none of 5 texts has 1280 tokens"):
+        prepare_folder(texts, "long", config(tmp_path / "data", lengths=(16384,), same_documents=True, room=0, skip=9))
+
+
+def test_documents_are_taken_out_of_prompts_the_longest_first_and_once(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for seed, words in enumerate((600, 300, 600)):
+        (texts / f"{seed}.txt").write_text(story(seed, words))
+    prepare_folder(texts, "mine", config(tmp_path, lengths=(256, 512)))
+    records = list(prepare.prompt_documents(tmp_path / "mine"))
+    assert [record.source for record in records] == ["mine_512.jsonl:1", "mine_512.jsonl:2", "mine_256.jsonl:2"]
+    assert all(story(seed, 600).startswith(record.text[:900]) for seed, record in zip((0, 2, 1), records, strict=True))
+    prepare_prompts(tmp_path / "mine", None, config(tmp_path / "cut", lengths=(128, 192), same_documents=True))
+    assert [len(records_of(path)) for path in find_buckets(tmp_path / "cut" / "mine").values()] == [3, 3]
+    with pytest.raises(InputError, match="mine would be read and written"):
+        prepare_prompts(tmp_path / "mine", None, config(tmp_path))
+
+
+def test_text_that_is_no_summarization_prompt_is_a_document_itself():
+    assert document_in("\n\n" + SUMMARY_TEMPLATE.format(text="<s> A\n\nB.") + "\n\n") == "<s> A\n\nB."
+    assert document_in("What is ### Text:?") == "What is ### Text:?"
+
+
+def test_how_long_a_prompt_may_be_is_the_models_positions_less_the_room(tmp_path):
+    assert cutting.load_limit("bundled", 384) == 16000
+    with pytest.raises(InputError, match="room is 16384 tokens; bundled holds 16384"):
+        cutting.load_limit("bundled", 16384)
 
 
 # From a folder, from the language reference
@@ -293,7 +369,10 @@ def test_flag_mistakes_are_one_line_and_status_2(monkeypatch, capsys):
     assert stopped.value.code == 2 and err.count("\n") == 1 and "invalid int value: 'many'" in err
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"samples": 0}, "samples is 0"), ({"lengths": ()}, "no length")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"samples": 0}, "samples is 0"), ({"lengths": ()}, "no length"), ({"skip": -1}, "skip is -1")],
+)
 def test_settings_out_of_range_are_input_errors(settings, message):
     with pytest.raises(InputError, match=message):
         PrepareConfig(**settings)
@@ -498,7 +577,7 @@ def test_the_script_builds_all_sets_of_the_hub_or_those_named(tmp_path, monkeypa
     [
         (["--builtin", "--lengths", "1500"], "'1500' is not a length"),
         (["--builtin", "--samples", "0"], "samples is 0"),
-        (["--builtin", "--name", "x"], "--name names what --from_dir builds"),
+        (["--builtin", "--name", "x"], "--name names what --from_dir or --from_prompts builds"),
         (["pg19", "--builtin"], "pg19 come from the hub"),
         (["gov"], "unknown data set 'gov'"),
     ],

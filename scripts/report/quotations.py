@@ -1,0 +1,138 @@
+"""How many drafts are accepted where the answer refers back: by depth, task, and the draft's working cache.
+
+One row of the frame is a prompt under one cache, whoever measured it: `quotations.py` with the answer forced or free,
+or an evaluation (`eval_classic.py`, `eval_eagle.py`), whose journals are free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scripts.report.markdown import cell, lines_of
+from specextend.config import RetrievalConfig
+from specextend.data.prompts import Prompt
+from specextend.errors import InputError
+from specextend.evaluation.records import SampleRecord
+from specextend.methods import drafting_of
+
+CACHES = {"full": "full", "streaming": "window", "retrieval": "CMR"}
+FORCED, FREE = "forced", "free"
+
+
+def cache_of(config: Mapping[str, Any]) -> str:
+    """What the draft reads under a recorded setting: "CMR 8", "window 8" (chunks), "full", or who else drafts."""
+    drafting = drafting_of(config)
+    if drafting != "model":
+        return drafting
+    name = CACHES[config.get("draft_cache", "full")]
+    return name if name == "full" else f"{name} {config['retrieval'].get('top_k', RetrievalConfig().top_k)}"
+
+
+def journal_rounds(path: Path) -> Iterator[tuple[str, tuple[str, int], list[int], str]]:
+    """What a journal of an evaluation holds: cache, (bucket, sample), accepted drafts per round, the prompt's hash."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if len(lines) < 2:
+        raise InputError(f"{path} holds no record; give the .jsonl that eval_eagle.py or eval_classic.py wrote")
+    cache = cache_of(json.loads(lines[0])["setting"]["config"])
+    for line in lines[1:]:
+        one = SampleRecord.from_json(json.loads(line))
+        yield cache, (one.bucket, one.sample), one.accepted, one.prompt_sha256
+
+
+def frame_of_journals(paths: Iterable[Path], prompts: Mapping[str, list[Prompt]], hashes: Mapping) -> pd.DataFrame:
+    """Rows of journals, with the tasks and depths of the prompts that they measured.
+
+    Args:
+        prompts: by bucket, as the evaluation read them; hashes: of their texts, by (bucket, sample).
+    """
+    rows = []
+    for path in paths:
+        for cache, key, accepted, sha256 in journal_rounds(path):
+            if hashes.get(key) != sha256:
+                raise InputError(f"{path} was measured on other prompts than these (length {key[0]}, sample {key[1]})")
+            extra = prompts[key[0]][key[1]].extra
+            rows.append(_row(key, cache, FREE, accepted, extra))
+    return pd.DataFrame(rows)
+
+
+def frame_of_scores(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows of what `quotations.py score` measured, two for each of its records."""
+    return pd.DataFrame(
+        [
+            _row((record["length"], record["sample"]), record["cache"], kind, record[kind], record)
+            for record in records
+            for kind in (FORCED, FREE)
+        ]
+    )
+
+
+def _row(key: tuple[str, int], cache: str, kind: str, accepted: list[int], about: Mapping[str, Any]) -> dict[str, Any]:
+    shares = {name: about.get(name) for name in ("quoted", "copied")}
+    return {
+        "length": key[0], "sample": key[1], "cache": cache, "answer": kind, "task": about["task"],
+        "depth": f"{about['depth']:g}", "accepted": sum(accepted), "rounds": len(accepted), **shares,
+    }  # fmt: skip
+
+
+def tables(frame: pd.DataFrame) -> str:
+    """A table per length and kind of answer, and what retrieval gains over a window of its size, prompt by prompt."""
+    parts = []
+    for (length, kind), rows in frame.groupby(["length", "answer"], sort=False):
+        prompts = rows["sample"].nunique()
+        parts.append(
+            f"Drafts accepted per round, {length}, {prompts} prompts, answers {kind}:\n\n{_acceptance(rows)}\n\n"
+            f"CMR less a window of its size, mean over prompts with a 95 % interval:\n\n{_gains(rows)}".strip()
+        )
+    quoted = frame[frame["quoted"].notna()].drop_duplicates(["length", "sample"])
+    if len(quoted):
+        groups = quoted.groupby(["length", "task"], sort=False)[["quoted", "copied"]].mean()
+        lines = {
+            f"{length}, {task}": {"of the true answer": cell(row["quoted"]), "of the text": cell(row["copied"])}
+            for (length, task), row in groups.iterrows()
+        }
+        parts.append(f"Share of 4-grams of words that are right, answers free:\n\n{lines_of(lines, 'prompts')}")
+    return "\n\n".join(parts)
+
+
+def _acceptance(rows: pd.DataFrame) -> str:
+    """Sums over rounds, so that each round counts alike."""
+    lines: dict[str, dict[str, str]] = {}
+    for name, by in (("depth", "depth"), ("task", "task"), ("all", None)):
+        groups = rows.groupby(["cache", by] if by else ["cache"], sort=False)[["accepted", "rounds"]].sum()
+        for key, row in groups.iterrows():
+            cache, column = (key[0], key[1]) if by else (key[0] if isinstance(key, tuple) else key, name)
+            lines.setdefault(cache, {})[column] = cell(row["accepted"] / max(row["rounds"], 1))
+    columns = [*sorted(rows["depth"].unique()), *rows["task"].unique(), "all"]
+    ordered = sorted(lines, key=_place)
+    return lines_of({cache: {name: lines[cache].get(name, "") for name in columns} for cache in ordered}, "cache")
+
+
+def _gains(rows: pd.DataFrame) -> str:
+    rows = rows.assign(rate=rows["accepted"] / rows["rounds"].clip(lower=1))
+    wide = rows.pivot_table(index=["sample", "depth", "task"], columns="cache", values="rate")
+    lines = {}
+    for cache in sorted(wide.columns, key=_place):
+        name, _, chunks = cache.partition(" ")
+        window = f"window {chunks}"
+        if name == "CMR" and window in wide:
+            gain = (wide[cache] - wide[window]).dropna().reset_index(name="gain")
+            groups = [*gain.groupby("depth"), *gain.groupby("task", sort=False), ("all", gain)]
+            lines[f"{chunks} chunks"] = {key: _interval(group["gain"]) for key, group in groups}
+    return lines_of(lines, "size") if lines else ""
+
+
+def _interval(values: pd.Series) -> str:
+    half = 1.96 * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{values.mean():+.2f}" + (f" ± {half:.2f}" if half == half else "")
+
+
+def _place(cache: str) -> tuple[int, int, str]:
+    """Who keeps nothing of its own first, then by size, the window before retrieval."""
+    name, _, chunks = cache.partition(" ")
+    return (1, int(chunks), {"window": "0", "CMR": "1"}.get(name, name)) if chunks else (0, 0, name)
