@@ -14,6 +14,7 @@ spread=("$@")
 python=${PYTHON:-.venv/bin/python}
 data=${DATA:-data} out=${OUT:-reproduced/$what}
 paper_tree="--nodes 50 --max_depth 10 --threshold 0.7 --min_probability 0"
+cpu_tree="--nodes 12 --max_depth 8 --threshold 0.35 --min_probability 0.06"
 drafting="standard fa_hta_streaming specextend"
 dense="autoregressive_hf fa hta streaming cmr fa_hta"
 sparse="autoregressive prompt_lookup magicdec self_retrieval triforce"
@@ -37,12 +38,12 @@ bundled() {
     local first=${sets[0]}
     run() { measure "$@" -r 1 -max 128; }
 
-    run eval_classic.py cpu_tree "$first" "$drafting $sparse" "1K 4K" "$short"
-    run eval_classic.py cpu_tree "$first" "$dense" 4K "$short"
-    run eval_classic.py cpu_tree "$first" "$drafting $sparse" 16K "$long"
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse" "1K 4K" "$short" $cpu_tree
+    run eval_classic.py cpu_tree "$first" "$dense" 4K "$short" $cpu_tree
+    run eval_classic.py cpu_tree "$first" "$drafting $sparse" 16K "$long" $cpu_tree
     for set in "${sets[@]:1}"; do
-        run eval_classic.py cpu_tree "$set" "$drafting" "1K 4K" "$short"
-        run eval_classic.py cpu_tree "$set" "fa_hta_streaming specextend" 16K "$long"
+        run eval_classic.py cpu_tree "$set" "$drafting" "1K 4K" "$short" $cpu_tree
+        run eval_classic.py cpu_tree "$set" "fa_hta_streaming specextend" 16K "$long" $cpu_tree
     done
     for set in "${sets[@]}"; do
         run eval_classic.py paper_tree_greedy "$set" "$drafting" "1K 4K" "$short" $paper_tree

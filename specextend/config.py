@@ -226,7 +226,8 @@ def override(config: SpecExtendConfig, settings: Mapping[str, Any]) -> SpecExten
 
     Args:
         settings: as {"draft_cache": "full", "tree": {"nodes": 20}, "retrieval": {"top_k": 16}}; tree and retrieval
-            are mappings of what changes, or the dataclasses themselves. ConfigError for a name nobody has.
+            are mappings of what changes, or the dataclasses themselves; a tree with a bound given and no rule is one
+            of fixed bounds, the paper's where none is given. ConfigError for a name nobody has.
     """
     changed = dict(settings)
     _check_names(changed, SpecExtendConfig, "setting")
@@ -234,7 +235,10 @@ def override(config: SpecExtendConfig, settings: Mapping[str, Any]) -> SpecExten
         given = changed.setdefault(part, getattr(config, part))
         if isinstance(given, Mapping):
             _check_names(given, kind, f"{part} setting")
-            changed[part] = replace(getattr(config, part), **given)
+            base = getattr(config, part)
+            if kind is TreeConfig and given and base.rule == "price" and "rule" not in given:
+                base = TreeConfig()  # whoever gives a bound and no rule means a tree of fixed bounds
+            changed[part] = replace(base, **given)
         elif not isinstance(given, kind):
             first = fields(kind)[0].name
             raise ConfigError(

@@ -40,6 +40,8 @@ RATE_COLUMNS = [
     Column("SpecExtend over AR, ours", "over AR"),
     Column("over standard", "over standard"),
 ]
+HEADLINE = (1000, 4000, 16000)  # prompt tokens
+HEADLINE_COLUMNS = [Column("temperature", "temperature", 1), *RATE_COLUMNS[1:4], *RATE_COLUMNS[5:]]
 TIE_COLUMNS = [
     Column("data set", "data"),
     Column("prompt tokens", "tokens", 0),
@@ -60,21 +62,45 @@ def gpu_reports(results: Path, *, near_ties: bool = False) -> Iterator[str]:
             yield section
 
 
-def _section(record: dict[str, Any], near_ties: bool) -> Iterator[str]:
-    rows, steps = greedy(record), steps_of(record)
-    if not steps:
-        return
+def headlines(results: Path) -> Iterator[str]:
+    """For each GPU on which decoding was measured: what is decoded a second, at a few lengths and all temperatures."""
+    for path, record in read_documents(results, "bench.json"):
+        found = record.get("decode") and attempt(path, lambda record=record: "\n\n".join(_headline(record)))
+        if found:
+            yield found
+
+
+def _headline(record: dict[str, Any]) -> Iterator[str]:
+    rows, tables = record["decode"], []
+    yield f"{_about(record)} Decode tokens/s, {_prompts(greedy(record), SPECEXTEND)} prompts per row:"
+    for temperature in sorted({row["temperature"] for row in rows}):
+        of_temperature = [row for row in rows if row["temperature"] == temperature]
+        table = rates(of_temperature)
+        table["over AR"], table["over standard"] = gains(of_temperature, CAPTURED), gains(of_temperature, STANDARD)
+        table.insert(0, "temperature", temperature)
+        tables.append(table.loc[table.index.intersection(HEADLINE)])
+    whole = pd.concat(tables).rename_axis("prompt tokens").sort_index(kind="stable")
+    yield table_of(whole, [one for one in HEADLINE_COLUMNS if one.source in whole])
+
+
+def _about(record: dict[str, Any]) -> str:
     shape = record["shape"]
-    about = (
+    return (
         f"One {record['gpu']}, {record['dtype']}, batch 1, torch {record['environment']['torch']}. The bundled pair "
         f"widened to {shape['layers']} layers of {shape['hidden']} and to the shape of Vicuna-68M: it computes the "
         "bundled pair's tokens at the cost of large weights; none of that size were loaded."
     )
+
+
+def _section(record: dict[str, Any], near_ties: bool) -> Iterator[str]:
+    rows, steps = greedy(record), steps_of(record)
+    if not steps:
+        return
     if not rows:
-        yield about
+        yield _about(record)
     else:
         yield (
-            f"{about} Decode tokens/s, temperature 0, {_prompts(rows, SPECEXTEND)} prompts per length (Hugging "
+            f"{_about(record)} Decode tokens/s, temperature 0, {_prompts(rows, SPECEXTEND)} prompts per length (Hugging "
             f"Face's: {_prompts(rows, EAGER)}); standard has the same kernels and graphs, and differs in the draft's "
             "cache alone."
         )

@@ -2,7 +2,7 @@
 
     python -m scripts.report.tables                      # writes results/REPORT.md
     python -m scripts.report.tables --html               # and REPORT.html, one file with the figures in it
-    python -m scripts.report.tables --readme README.md   # and the short form between the README's results markers
+    python -m scripts.report.tables --readme README.md   # and the headline between the README's results markers
 
 A table shows what was measured under one setting: same folder, data, models, dtype, hardware (and how many workers
 shared it), tree, new tokens and temperature. Further methods of that setting follow below it, by length; then the
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from scripts.report.gpu import gpu_reports
+from scripts.report.gpu import gpu_reports, headlines
 from scripts.report.markdown import Column, cell, markdown, table_of
 from scripts.report.page import html_report
 from scripts.report.paper import analysis_tables, needle_table, tables_beside
@@ -43,6 +43,7 @@ from specextend.cli import flags
 from specextend.errors import InputError
 
 NAIVE = "autoregressive_hf"
+EVERYTHING = "Every figure: [results/REPORT.md](results/REPORT.md)."
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
     "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
@@ -85,7 +86,8 @@ BY_LENGTH = [  # what a table of all methods says, its figure, those in brackets
 def main() -> None:
     args = parse_args()
     records = read_records(args.results)
-    readme = args.readme and filled(args.readme, "\n\n".join((*gpu_reports(args.results), short_report(records))))
+    shown = list(headlines(args.results)) or [short_report(records), LEGEND]
+    readme = args.readme and filled(args.readme, "\n\n".join([*shown, EVERYTHING]))
     report = args.results / "REPORT.md"
     report.write_text(full_report(records, args.results), encoding="utf-8")
     written = [report]
@@ -109,6 +111,7 @@ def parse_args() -> argparse.Namespace:
 
 def full_report(records: pd.DataFrame, results: Path) -> str:
     parts = ["# Results", "Written by `scripts.report.tables` from the files named below; do not edit.", LEGEND]
+    parts += ["## At a glance", short_report(records)]
     for run, of_run in by(records, RUN):
         parts.append(f"## {title_of(run)}")
         for first, rows in by(of_run, ["data", "temperature"]):
@@ -228,7 +231,6 @@ def short_report(records: pd.DataFrame) -> str:
         "Decode speed over autoregressive decoding, standard → SpecExtend:",
         arrows(figures, "speedup_decode"),
         "\n".join(sorted(runs)),
-        f"{LEGEND} Every figure: [results/REPORT.md](results/REPORT.md).",
     ]
     return "\n\n".join(parts)
 

@@ -48,10 +48,9 @@ class Arm:
 
     def config(self, base: SpecExtendConfig) -> SpecExtendConfig:
         """Its setting, where `base` is that of its method in the run."""
-        bounds = any(OWNER[name] == "tree" for name in self.settings)
-        if self.tree or (bounds and base.tree.rule == "price"):  # as flags do: bounds alone are those of a fixed tree
-            base = replace(base, tree=TREES[self.tree or "paper"])
-        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        if self.tree:
+            base = replace(base, tree=TREES[self.tree])
+        parts: dict[str, dict[str, Any]] = {"tree": {"rule": base.tree.rule}, "retrieval": {}}
         for name, value in self.settings.items():
             parts[OWNER[name]][name] = value
         try:
