@@ -100,9 +100,9 @@ def _section(record: dict[str, Any], near_ties: bool) -> Iterator[str]:
         yield _about(record)
     else:
         yield (
-            f"{_about(record)} Decode tokens/s, temperature 0, {_prompts(rows, SPECEXTEND)} prompts per length (Hugging "
-            f"Face's: {_prompts(rows, EAGER)}); standard has the same kernels and graphs, and differs in the draft's "
-            "cache alone."
+            f"{_about(record)} Decode tokens/s, temperature 0, {_prompts(rows, SPECEXTEND)} prompts per length "
+            f"(Hugging Face's: {_prompts(rows, EAGER)}); standard has the same kernels and graphs, and differs in the "
+            "draft's cache alone."
         )
         yield decoding(rows)
         yield equality(rows)
