@@ -47,7 +47,7 @@ class RequestHandler:
         """The whole response, or a stream from the first text on; ApiError where the request is refused."""
         self.check_model(body.model)
         self._worker.check_queue()  # before the work of tokenizing
-        job = Job(await self.in_turn(functools.partial(self._preparation.tasks, body)))
+        job = Job(await self.in_turn(functools.partial(self._preparation.tasks, body)), request.state.client)
         self._worker.submit(job)
         events = job.events()
         try:

@@ -69,11 +69,14 @@ class End:
 class Job:
     """A request under way, created on the event loop that waits for it; its tasks run one after the other.
 
+    Args:
+        client: whose it is; prefixes are known to the same client alone.
     Attributes:
         error: why it was cancelled.
     """
 
     tasks: list[Task]
+    client: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _events: asyncio.Queue = field(default_factory=asyncio.Queue)
@@ -211,7 +214,7 @@ class Worker:
         if task.max_new_tokens == 0:
             return Generation(len(task.ids), [], "", "length", [], {})
         result = self._generate(job, index, task)
-        self.metrics.finished(result)
+        self.metrics.finished(result, job.client)
         return result
 
     def _generate(self, job: Job, index: int, task: Task) -> Generation:
@@ -239,7 +242,7 @@ class Worker:
         processors = [recorder, *task.processors] if recorder else task.processors
         return self._engine.generate(
             task.ids, task.max_new_tokens, sampling=task.sampling, stop=task.stop, processors=processors,
-            on_round=on_round,
+            on_round=on_round, prefix_scope=job.client,
         )  # fmt: skip
 
 

@@ -27,9 +27,12 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 import specextend  # noqa: E402
 from specextend.cli import flags  # noqa: E402
 from specextend.config import SamplingConfig  # noqa: E402
-from specextend.errors import ConfigError  # noqa: E402
+from specextend.engine import SpecExtend  # noqa: E402
+from specextend.errors import ConfigError, InputError  # noqa: E402
+from specextend.modeling.prefixes import PrefixLimits  # noqa: E402
 from specextend.serve import Settings  # noqa: E402
 from specextend.serve import __main__ as serve_main  # noqa: E402
+from specextend.serve.keys import read_keys  # noqa: E402
 from specextend.serve.settings import check_host  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -415,14 +418,57 @@ def test_key_is_asked_of_everything_but_health(scripted):
 
 def test_without_a_key_only_this_machine_is_served():
     for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
-        check_host(host, None)
+        check_host(host, has_key=False)
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", ""):
         with pytest.raises(ConfigError, match="no API key is set; give --api_key_file"):
-            check_host(host, None)
-        check_host(host, "key")
+            check_host(host, has_key=False)
+        check_host(host, has_key=True)
     with pytest.raises(ConfigError, match="API key is empty"):
         Settings("x", api_key="")
     assert "secret" not in repr(Settings("x", api_key="secret"))
+
+
+def test_several_keys_are_let_in_and_share_no_prefixes(bundled_models):
+    engine = SpecExtend(bundled_models, prefix_reuse=PrefixLimits(worth=4))
+    body = request(prompt=PROMPT * 8, max_tokens=2)
+    with Server(engine, api_keys={"ada": "k-ada", "bob": "k-bob"}) as server:
+
+        def cached(key: str) -> int:
+            return server.client(key).completions.create(**body).usage.prompt_tokens_details.cached_tokens
+
+        tokens = len(engine.encode(body["prompt"]))
+        assert [cached(key) for key in ("k-ada", "k-ada", "k-bob", "k-ada", "k-bob")] == [
+            0, tokens - 1, 0, tokens - 1, tokens - 1,
+        ]  # fmt: skip
+        for key in ("ada", "k-ad", "k-adab", "k-ada k-bob"):
+            assert server.post(body, headers={"Authorization": f"Bearer {key}"}).status_code == 401
+        assert server.metric("client_tokens_total", client="ada") == 3 * (tokens + 2)
+        assert server.metric("requests_total", status="401") == 4
+
+
+def test_key_files_hold_one_key_per_line(tmp_path):
+    path = tmp_path / "keys"
+    for text, keys in (
+        ("s3cret\n", {"key 1": "s3cret"}),
+        ("# who\nada: a:b=\n\n  k2  \nBob B: k3\n", {"ada": "a:b=", "key 2": "k2", "Bob B": "k3"}),
+    ):
+        path.write_text(text)
+        assert read_keys(path) == keys
+    for text, message in (
+        ("", "holds no key"),
+        ("# k\n", "holds no key"),
+        ("a\nb c\n", "line 2 is neither KEY nor NAME: KEY"),
+        ("ada: x\nada: y\n", "line 2: the name ada is given twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message) as raised:
+            read_keys(path)
+        assert "\n" not in str(raised.value)
+    for keys, message in (({"ada": "é"}, "of ada is empty or has"), ({"a": "x", "b": "x"}, "the same API key")):
+        with pytest.raises(ConfigError, match=message):
+            Settings("x", api_keys=keys)
+    with pytest.raises(ConfigError, match="give one of them"):
+        Settings("x", api_key="a", api_keys={"b": "b"})
 
 
 # ---- models and metrics
