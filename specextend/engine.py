@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # Triton may be missing
 GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured, the root included
 OnRound = Callable[[Output, Round | None], None]
+OnBlock = Callable[[str, int], None]
 Prompt = str | Tensor | Sequence[int]
 
 
@@ -217,6 +218,7 @@ class SpecExtend:
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
         on_round: OnRound | None = None,
+        on_block: OnBlock | None = None,
         observer: Observer | None = None,
         prefix_scope: str | None = None,
     ) -> Generation:
@@ -227,13 +229,15 @@ class SpecExtend:
             until: asked after every token, with all new ones, whether to end there.
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
+            on_block: called before every block of the prefill with who reads, "target" or "draft", and the tokens it
+                has read; what it raises ends the generation, and what was read is known to the next prompt.
             observer: told of every step; costs time.
             prefix_scope: what is read here is known again to prompts of the same scope alone, so that nobody learns
                 from how fast an answer comes what others have asked.
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
-            output.observer, output.prefix_scope = observer, prefix_scope
+            output.observer, output.on_block, output.prefix_scope = observer, on_block, prefix_scope
             return self._finish(self._speculate(output), output, on_round)
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
@@ -254,6 +258,7 @@ class SpecExtend:
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
         on_round: OnRound | None = None,
+        on_block: OnBlock | None = None,
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline.
 
@@ -261,6 +266,7 @@ class SpecExtend:
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until, depth=0)
+            output.on_block = on_block
             return self._finish(decode(self._baseline, output), output, on_round)
 
     def stream(

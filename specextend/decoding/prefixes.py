@@ -48,6 +48,9 @@ class NoReuse:
     def hold(self, output: Output) -> None:
         """The caches hold the prompt of `output`, and will hold what it becomes."""
 
+    def hold_part(self, output: Output, read: Known) -> None:
+        """The caches hold a part of the prompt of `output`, whose prefill ended there."""
+
     @property
     def nbytes(self) -> int:
         """Of all copies."""
@@ -95,6 +98,14 @@ class PrefixReuse(NoReuse):
         self._cache.prefixes.hold(lambda: contents(output.context))
         if drafter.kept is not None:
             drafter.kept.prefixes.hold(of_draft)
+
+    def hold_part(self, output: Output, read: Known) -> None:
+        prompt, scope, drafter = output.prompt.to("cpu", copy=True), output.prefix_scope, self._drafter
+        self._cache.prefixes.hold(lambda: Contents(scope, prompt, read.target))
+        if drafter.kept is not None:
+            drafter.kept.prefixes.hold(lambda: Contents(scope, prompt, read.draft, drafter.lookahead))
+        if drafter.tap is not None:
+            drafter.tap.clear()
 
     @property
     def _caches(self) -> list[KVCache]:

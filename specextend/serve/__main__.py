@@ -41,6 +41,7 @@ def main() -> None:
         max_connections=args.max_connections,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
+        request_timeout_s=args.request_timeout,
     )
     listener = _listen(args.host, args.port)
     args.use_specextend = args.use_specextend or "method" not in args
@@ -115,6 +116,9 @@ def parse_args() -> argparse.Namespace:
     server.add_argument("--max_connections", type=int, default=512, help="open at once; idle ones make room")
     server.add_argument("--header_timeout", type=float, default=10.0, help="seconds for a request's header")
     server.add_argument("--body_timeout", type=float, default=60.0, help="seconds for a request's body")
+    server.add_argument(
+        "--request_timeout", type=float, default=0.0, help="seconds for an answer, waiting included; 0: no limit"
+    )
     return parser.parse_args()
 
 

@@ -29,6 +29,7 @@ class Settings:
         allowed_origins: web pages that may ask from a browser, as "https://example.org"; "*": all.
         max_connections: open at once, idle ones included.
         header_timeout_s, body_timeout_s: for a request to arrive.
+        request_timeout_s: for the answer, waiting included; 0: it may take as long as it does.
     """
 
     model_id: str
@@ -45,11 +46,13 @@ class Settings:
     max_connections: int = 512
     header_timeout_s: float = 10.0
     body_timeout_s: float = 60.0
+    request_timeout_s: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
             "max_waiting": 1, "max_prompt_tokens": 0, "max_new_tokens": 0, "default_max_tokens": 1, "max_body_bytes": 1,
             "grace_s": 0, "max_connections": 1, "header_timeout_s": 0.01, "body_timeout_s": 0.01,
+            "request_timeout_s": 0,
         }  # fmt: skip
         for name, minimum in least.items():
             if not getattr(self, name) >= minimum:

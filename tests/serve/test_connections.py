@@ -45,8 +45,8 @@ def test_idle_connections_make_room(scripted):
 
 
 def test_busy_connections_are_not_given_up_for_new_ones(scripted):
-    server, _ = scripted(settings={"max_connections": 2}, pace=0.01)
-    busy = [server.send(request(max_tokens=40)) for _ in range(2)]
+    server, _ = scripted(settings={"max_connections": 2}, pace=0.05)
+    busy = [server.send(request(max_tokens=100)) for _ in range(2)]
     wait_for(lambda: server.worker.busy and server.metric("queue_length") == 1)
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{server.url}/health")

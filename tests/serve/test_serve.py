@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import specextend  # noqa: E402
 from specextend.cli import flags  # noqa: E402
-from specextend.config import SamplingConfig  # noqa: E402
+from specextend.config import SamplingConfig, SpecExtendConfig  # noqa: E402
 from specextend.engine import SpecExtend  # noqa: E402
 from specextend.errors import ConfigError, InputError  # noqa: E402
 from specextend.modeling.prefixes import PrefixLimits  # noqa: E402
@@ -205,6 +205,58 @@ def test_real_engine_serves_the_next_after_many_hang_ups(server, bundled_engine)
         assert wait_for(lambda: not server.worker.busy) < 3
     expected = bundled_engine.generate(PROMPT, 24).text
     assert server.client().completions.create(**request()).choices[0].text == expected
+
+
+def blocks_of_one_token(models, read: list[int], pace: float = 0.03) -> SpecExtend:
+    """An engine that reads a prompt token by token, slowly, and notes how far it is."""
+    engine = SpecExtend(models, SpecExtendConfig.specextend(prefill_block=1), prefix_reuse=PrefixLimits(worth=4))
+    generate = engine.generate
+
+    def slow(*args, on_block, **options):
+        def noted(part: str, tokens: int) -> None:
+            read.append(tokens)
+            time.sleep(pace)
+            on_block(part, tokens)
+
+        return generate(*args, on_block=noted, **options)
+
+    engine.generate = slow
+    return engine
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_hangs_up_during_the_prefill_frees_the_engine_at_the_next_block(
+    stream, bundled_models, bundled_engine
+):
+    read: list[int] = []
+    body = request(prompt=PROMPT * 20, max_tokens=3)
+    with Server(blocks_of_one_token(bundled_models, read)) as server:
+        connection = server.send(body | {"stream": stream})
+        wait_for(lambda: len(read) >= 3)
+        connection.close()
+        assert wait_for(lambda: not server.worker.busy) < 2 and len(read) < 60
+        wait_for(lambda: server.metric("requests_total", status="499") == 1)
+        known, answer = len(read) - 1, server.post(body).json()
+    assert answer["choices"][0]["text"] == bundled_engine.generate(body["prompt"], 3).text
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == known
+
+
+def test_an_answer_has_its_time_with_waiting_and_prefill(bundled_models, scripted):
+    read: list[int] = []
+    with Server(blocks_of_one_token(bundled_models, read), request_timeout_s=0.3) as server:
+        late = server.post(request(prompt=PROMPT * 20))
+        assert late.status_code == 504 and late.json()["error"]["code"] == "request_timeout"
+        wait_for(lambda: not server.worker.busy)
+        assert len(read) < 60 and "after 0.3 s" in late.json()["error"]["message"]
+    server, _ = scripted(pace=0.1, settings={"request_timeout_s": 0.5})
+    running = server.send(request(max_tokens=300))
+    wait_for(lambda: server.worker.busy)
+    waiting = server.post(request(max_tokens=3))  # the one that runs ends first, by its own limit
+    assert waiting.status_code in (200, 504)
+    lines = server.post(request(max_tokens=300, stream=True)).text
+    assert "xxx" in lines and '"code": "request_timeout"' in lines and "[DONE]" not in lines
+    running.close()
+    assert server.post(request(max_tokens=3)).status_code == 200
 
 
 def test_full_queue_is_429_with_retry_after_and_takes_again_later(scripted):
