@@ -83,6 +83,7 @@ class SpecExtend:
             raise ConfigError("processes that share a target cannot price trees: their clocks do not agree")
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         drafter = _build_drafter(models, self.config, self._cache)
+        self._reads_hidden_states = drafter is not None and drafter.tap is not None
         self.why_eager = "it was asked for" if eager else why_not_captured(models, self.config, drafter)
         self.why_not_reused = why_not_reused(models) if prefix_reuse else "it was turned off"
         limits = prefix_reuse if isinstance(prefix_reuse, PrefixLimits) else PrefixLimits() if prefix_reuse else None
@@ -180,6 +181,11 @@ class SpecExtend:
         return self._prefixes.nbytes if self._models is not None else 0
 
     @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the draft reads the target's hidden states, as EAGLE heads do."""
+        return self._reads_hidden_states
+
+    @property
     def limit(self) -> int:
         """Prompt plus new tokens the target can hold."""
         return self.models.limit
@@ -221,6 +227,7 @@ class SpecExtend:
         on_block: OnBlock | None = None,
         observer: Observer | None = None,
         prefix_scope: str | None = None,
+        key_values: Tensor | None = None,
     ) -> Generation:
         """Continue `prompt` (text, or token ids [N]) by speculative decoding.
 
@@ -234,11 +241,22 @@ class SpecExtend:
             observer: told of every step; costs time.
             prefix_scope: what is read here is known again to prompts of the same scope alone, so that nobody learns
                 from how fast an answer comes what others have asked.
+            key_values: [2, L, 1, H_kv, n, D] the target's keys (rotated) and values of the prompt's first n < N tokens,
+                computed elsewhere; they are believed, and never taken for what a later prompt begins with. For an EAGLE
+                head the target reads those tokens again whose hidden states the head lacks.
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
-            output.observer, output.on_block, output.prefix_scope = observer, on_block, prefix_scope
+            output.observer, output.on_block = observer, on_block
+            output.prefix_scope, output.given = prefix_scope, key_values
             return self._finish(self._speculate(output), output, on_round)
+
+    def key_values(self, tokens: int) -> Tensor:
+        """A copy [2, L, 1, H_kv, n, D] of the target's keys and values of the context's first `tokens`.
+
+        For `on_round`, where the context is `output.context` tokens; outside of it another prompt may be there.
+        """
+        return self._cache.buffer[..., :tokens, :].clone()
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
         """Answer a conversation, [{"role": "user", "content": "..."}, ...]; options as for `generate`."""
