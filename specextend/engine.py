@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -223,6 +223,7 @@ class SpecExtend:
         stop: Sequence[str] = (),
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
+        eos_token_ids: Collection[int] | None = None,
         on_round: OnRound | None = None,
         on_block: OnBlock | None = None,
         observer: Observer | None = None,
@@ -234,6 +235,7 @@ class SpecExtend:
         Args:
             processors: transformers' logits processors, applied to the target before `sampling`.
             until: asked after every token, with all new ones, whether to end there.
+            eos_token_ids: any of them ends the answer and is its last token; None: the model's own, (): nothing does.
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
             on_block: called before every block of the prefill with who reads, "target" or "draft", and the tokens it
@@ -247,6 +249,8 @@ class SpecExtend:
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
+            if eos_token_ids is not None:
+                output.eos_token_ids = frozenset(eos_token_ids)
             output.observer, output.on_block = observer, on_block
             output.prefix_scope, output.given = prefix_scope, key_values
             return self._finish(self._speculate(output), output, on_round)

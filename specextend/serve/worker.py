@@ -36,6 +36,7 @@ class Task:
         max_new_tokens: 0 continues nothing.
         processors: of this task alone, since some remember what they saw.
         echo: text that stands before the answer.
+        endless: whether the end of the text does not end the answer.
         scored: how many alternatives are told with each token's log-probability; None: not even its own.
     """
 
@@ -46,6 +47,7 @@ class Task:
     processors: list[LogitsProcessor] = field(default_factory=list)
     echo: str | None = None
     scored: int | None = None
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ class Worker:
         return self._engine.generate(
             task.ids, task.max_new_tokens, sampling=task.sampling, stop=task.stop, processors=processors,
             on_round=on_round, on_block=lambda *_: job.check(), prefix_scope=job.client,
+            eos_token_ids=() if task.endless else None,
         )  # fmt: skip
 
 
