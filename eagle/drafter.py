@@ -15,6 +15,7 @@ from eagle.heads import Head
 from specextend.config import SpecExtendConfig
 from specextend.drafting.drafter import TreeDrafter
 from specextend.drafting.expansion import Level
+from specextend.modeling.blocks import OnBlock, blocks
 from specextend.modeling.features import FeatureTap
 from specextend.trees.acceptance import Accepted
 from specextend.trees.growth import Growth
@@ -76,13 +77,14 @@ class EagleDrafter(TreeDrafter):
         behind = max(len(self._tokens) - emitted[-1], self.waiting - emitted[-1], 0)  # of rounds that did not speculate
         return prompt_tokens + sum(emitted[:-1]) - behind
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         """The prompt's pairs need keys and values only: nothing reads the block's output for them."""
         self._reset(len(prompt), extra_slots, known)
         tokens, features = torch.cat((prompt[1:], first.reshape(1))), self.tap.take()
-        block, unread = self._prefill_block or len(prompt), len(prompt) - len(features)
-        for start in range(known, len(prompt) - 1, block):
-            pairs = slice(start, min(start + block, len(prompt) - 1))
+        unread = len(prompt) - len(features)
+        for pairs in blocks(known, len(prompt) - 1, self._prefill_block, on_block):
             states = self.head.states(features[pairs.start - unread : pairs.stop - unread])
             key, value = self.head.keys_and_values(tokens[None, pairs], states[None], self._unrotated)
             self.cache.store_prompt(0, key, value)

@@ -7,11 +7,13 @@ from functools import partial
 
 from eagle.drafter import EagleDrafter
 from eagle.heads import Head
-from eagle.weights import KINDS, load_head
+from eagle.weights import KINDS, holds_head, load_head
 from specextend.config import RetrievalConfig
 from specextend.errors import ModelError
 from specextend.models import loading, presets
 from specextend.models.checkpoints import HUB_ID, find_checkpoint, local_directory
+
+__all__ = ["Head", "holds_head", "load_head", "load_models", "retrieval_of", "with_head"]
 
 RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE heads (Appendix D)
 
@@ -46,13 +48,32 @@ def load_models(
     draft_id = draft or _head_of(presets.find_preset(name_or_path).name, head)
     directory = find_checkpoint(draft_id)
     loaded = loading.load_models(name_or_path, dtype=dtype, device=device, with_draft=False)
-    loaded_head = load_head(directory, loaded.target, head)
+    return with_head(loaded, load_head(directory, loaded.target, head), presets.public_id(draft_id))
+
+
+def with_head(models: loading.LoadedModels, head: Head, name: str) -> loading.LoadedModels:
+    """`models`, a target alone, with `head` as its draft; ModelError for a head of another target.
+
+    Args:
+        name: of the head, for people.
+    """
+    config = models.target.config
+    wanted = config.hidden_size, config.vocab_size, models.dtype
+    given = head.config.hidden_size, head.config.vocab_size, next(head.layers.parameters()).dtype
+    for what, one, other in zip(("hidden size", "vocabulary", "dtype"), given, wanted, strict=True):
+        if one != other:
+            raise ModelError(f"the head is for a target of {what} {one}, this target's is {other}; give its own head")
+    if max(head.entering or (0,)) > config.num_hidden_layers:
+        raise ModelError(
+            f"the head reads the target's layers {list(head.entering)}, but it has {config.num_hidden_layers}; give "
+            "its own head"
+        )
     return replace(
-        loaded,
-        preset=replace(loaded.preset, retrieval=retrieval_of(loaded_head)),
-        draft=loaded_head,
-        drafter=partial(EagleDrafter, target=loaded.target),
-        draft_id=presets.public_id(draft_id),
+        models,
+        preset=replace(models.preset, retrieval=retrieval_of(head)),
+        draft=head,
+        drafter=partial(EagleDrafter, target=models.target),
+        draft_id=name,
     )
 
 

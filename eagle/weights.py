@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
@@ -107,6 +108,19 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         raise ModelError(f"{directory} has no weights (model.safetensors or pytorch_model.bin); download them")
     state = {name.replace("midlayer.", "layers.0."): weight for name, weight in state.items()}
     return {name: weight for name, weight in state.items() if name not in IGNORED}
+
+
+def holds_head(directory: Path) -> bool:
+    """Whether the checkpoint there is an EAGLE head's; tells by the names of its weights."""
+    for file in weight_files(directory):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                names = set(weights.keys())
+        else:
+            names = torch.load(file, map_location="cpu", weights_only=True, mmap=True).keys()
+        if "fc.weight" in names:
+            return True
+    return False
 
 
 def kind_of(directory: Path, state: dict[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # Triton may be missing
 GREEDY = SamplingConfig()
 MAX_SLOTS = 128  # of a tree whose verification is captured, the root included
 OnRound = Callable[[Output, Round | None], None]
+OnBlock = Callable[[str, int], None]
 Prompt = str | Tensor | Sequence[int]
 
 
@@ -82,6 +83,7 @@ class SpecExtend:
             raise ConfigError("processes that share a target cannot price trees: their clocks do not agree")
         self._cache = cache or KVCache(models.target.config, models.dtype, models.device)
         drafter = _build_drafter(models, self.config, self._cache)
+        self._reads_hidden_states = drafter is not None and drafter.tap is not None
         self.why_eager = "it was asked for" if eager else why_not_captured(models, self.config, drafter)
         self.why_not_reused = why_not_reused(models) if prefix_reuse else "it was turned off"
         limits = prefix_reuse if isinstance(prefix_reuse, PrefixLimits) else PrefixLimits() if prefix_reuse else None
@@ -179,6 +181,11 @@ class SpecExtend:
         return self._prefixes.nbytes if self._models is not None else 0
 
     @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the draft reads the target's hidden states, as EAGLE heads do."""
+        return self._reads_hidden_states
+
+    @property
     def limit(self) -> int:
         """Prompt plus new tokens the target can hold."""
         return self.models.limit
@@ -216,25 +223,44 @@ class SpecExtend:
         stop: Sequence[str] = (),
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
+        eos_token_ids: Collection[int] | None = None,
         on_round: OnRound | None = None,
+        on_block: OnBlock | None = None,
         observer: Observer | None = None,
         prefix_scope: str | None = None,
+        key_values: Tensor | None = None,
     ) -> Generation:
         """Continue `prompt` (text, or token ids [N]) by speculative decoding.
 
         Args:
             processors: transformers' logits processors, applied to the target before `sampling`.
             until: asked after every token, with all new ones, whether to end there.
+            eos_token_ids: any of them ends the answer and is its last token; None: the model's own, (): nothing does.
             on_round: called with the output so far after the prefill (round None) and after every round; what it
                 raises ends the generation.
+            on_block: called before every block of the prefill with who reads, "target" or "draft", and the tokens it
+                has read; what it raises ends the generation, and what was read is known to the next prompt.
             observer: told of every step; costs time.
             prefix_scope: what is read here is known again to prompts of the same scope alone, so that nobody learns
                 from how fast an answer comes what others have asked.
+            key_values: [2, L, 1, H_kv, n, D] the target's keys (rotated) and values of the prompt's first n < N tokens,
+                computed elsewhere; they are believed, and never taken for what a later prompt begins with. For an EAGLE
+                head the target reads those tokens again whose hidden states the head lacks.
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until)
-            output.observer, output.prefix_scope = observer, prefix_scope
+            if eos_token_ids is not None:
+                output.eos_token_ids = frozenset(eos_token_ids)
+            output.observer, output.on_block = observer, on_block
+            output.prefix_scope, output.given = prefix_scope, key_values
             return self._finish(self._speculate(output), output, on_round)
+
+    def key_values(self, tokens: int) -> Tensor:
+        """A copy [2, L, 1, H_kv, n, D] of the target's keys and values of the context's first `tokens`.
+
+        For `on_round`, where the context is `output.context` tokens; outside of it another prompt may be there.
+        """
+        return self._cache.buffer[..., :tokens, :].clone()
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **options) -> Generation:
         """Answer a conversation, [{"role": "user", "content": "..."}, ...]; options as for `generate`."""
@@ -254,6 +280,7 @@ class SpecExtend:
         processors: Sequence[LogitsProcessor] = (),
         until: Callable[[list[int]], bool] | None = None,
         on_round: OnRound | None = None,
+        on_block: OnBlock | None = None,
     ) -> Generation:
         """Continue `prompt` by the target alone: our fastest such decoding, whatever the setting; the baseline.
 
@@ -261,6 +288,7 @@ class SpecExtend:
         """
         with self.models.lock():
             output = self._begin(prompt, max_new_tokens, sampling, stop, processors, until, depth=0)
+            output.on_block = on_block
             return self._finish(decode(self._baseline, output), output, on_round)
 
     def stream(

@@ -88,7 +88,19 @@ class Scripted:
     def encode_chat(self, messages, **_):
         return torch.tensor([len(messages)])
 
-    def generate(self, ids, max_new_tokens, *, sampling, stop, on_round, processors=()):
+    def generate(
+        self,
+        ids,
+        max_new_tokens,
+        *,
+        sampling,
+        stop,
+        on_round,
+        on_block,
+        processors=(),
+        prefix_scope=None,
+        eos_token_ids=None,
+    ):
         recorders = [one for one in processors if isinstance(one, Recorder)]
 
         def record(tokens: int) -> None:

@@ -4,9 +4,11 @@
     python -m scripts.bench.server --soak 1000  # results/cpu/server_soak.json
 
 Overhead: the same greedy requests to a server process and to the library in this one, in turns; the difference of the
-two wall times per generated token, the client's own work included. Soak: four clients send short and longer prompts,
-streamed or not, greedy and sampled; some hang up, some send nonsense. Every whole answer is compared with the
-library's; the server's resident memory is read after every 50 requests and a line fitted through it.
+two wall times per generated token, the client's own work included. Soak: 32 clients hold conversations about eight
+documents, which fork: questions about a document, and different second questions after the same first answer; streamed
+or not, greedy and sampled. Some hang up, before or while they are answered, some send nonsense. Every whole answer is
+compared with that of an engine which has read nothing before; the server's resident memory is read after every 50
+requests and a line fitted through it.
 """
 
 from __future__ import annotations
@@ -41,9 +43,13 @@ from specextend.evaluation.journal import write_json
 CHARACTERS = (200, 2000, 8000)  # of the prompts whose overhead is measured
 NEW_TOKENS = 128
 REPEATS = 9
-CLIENTS, EVERY = 4, 50
+CLIENTS, EVERY = 32, 50
 SETTLED = 200  # requests after which the line is fitted: caches and the allocator's pools have grown by then
-SOAK_TOKENS = 16
+DOCUMENTS, CHARACTERS_OF_ONE = 8, (1800, 2800)
+FIRST = ("What is this about?", "What is said of names?")
+SECOND = ("And what follows from it?", "Give an example.")
+SOAK_TOKENS = (8, 12, 16)
+QUIET = 0.5  # load average of a machine on which nothing else runs
 
 
 def main() -> None:
@@ -59,9 +65,11 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     engine = SpecExtend.from_pretrained("bundled", device="cpu", prefix_reuse=False)
+    load = os.getloadavg()[0]
     with serving(torch.get_num_threads()) as server:
         record = overhead(engine, server) if args.soak is None else soak(engine, server, args.soak)
-    write_json(output, record | {"environment": environment()})
+    machine = {"load_average_before": round(load, 2), "shared_with_other_work": load > QUIET}
+    write_json(output, record | {"machine": machine, "environment": environment()})
     shown = {key: record[key] for key in record if key not in ("setting", "resident_bytes")}
     print(json.dumps({"output": str(output)} | shown))
 
@@ -80,17 +88,32 @@ class Served:
     def complete(self, body: dict) -> str:
         """The text of an answer, streamed where the request asks for it."""
         if not body.get("stream"):
-            answer = self.client.post("/v1/completions", json=body)
+            answer = self.client.post(_path(body), json=body)
             answer.raise_for_status()
-            return answer.json()["choices"][0]["text"]
+            return _text(answer.json()["choices"][0])
         return "".join(self.pieces(body))
 
     def pieces(self, body: dict) -> Iterator[str]:
-        with self.client.stream("POST", "/v1/completions", json=body) as answer:
+        with self.client.stream("POST", _path(body), json=body) as answer:
             answer.raise_for_status()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
-                    yield json.loads(line[6:])["choices"][0]["text"]
+                    yield _text(json.loads(line[6:])["choices"][0])
+
+    def metric(self, name: str) -> dict[str, float]:
+        """Labels -> value of a counter."""
+        found = re.findall(rf"^specextend_{name}(\S*) (\S+)$", self.client.get("/metrics").text, re.MULTILINE)
+        return {labels: float(value) for labels, value in found}
+
+
+def _path(body: dict) -> str:
+    return "/v1/chat/completions" if "messages" in body else "/v1/completions"
+
+
+def _text(choice: dict) -> str:
+    """Of a choice or of a chunk of it."""
+    told = choice.get("message") or choice.get("delta") or choice
+    return told.get("content") or told.get("text") or ""
 
 
 @contextmanager
@@ -100,7 +123,7 @@ def serving(threads: int) -> Iterator[Served]:
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environ)
     try:
         address = process.stdout.readline().split()[-1].removesuffix("/v1")
-        with httpx.Client(base_url=address, timeout=120) as client:
+        with httpx.Client(base_url=address, timeout=600) as client:
             yield Served(process, client)
     finally:
         process.terminate()
@@ -157,12 +180,14 @@ class SoakRequest:
 
     kind: str
     body: dict
-    expected: str | None
+    expected: str | None = None
+    patience_s: float = 0.0  # of a client that hangs up before it is answered
 
 
 def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
     """Memory after every 50 of so many requests, and the line through it."""
-    planned = _planned(engine, requests)
+    known = _conversations(engine)
+    planned = _planned(known, requests)
     resident, outcomes = {0: server.resident_bytes()}, Counter()
     begin = time.perf_counter()
     with ThreadPoolExecutor(CLIENTS) as pool:
@@ -171,18 +196,24 @@ def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
             outcomes.update(pool.map(lambda one: _send(server, one), batch))
             resident[start + len(batch)] = server.resident_bytes()
             print(f"{start + len(batch)} requests, {resident[start + len(batch)] / 2**20:.1f} MiB", file=sys.stderr)
-    metrics = server.client.get("/metrics").text
+    seconds = time.perf_counter() - begin
+    statuses = {labels.split('"')[1]: count for labels, count in server.metric("requests_total").items()}
+    prompt, cached = (server.metric(f"{name}_total")[""] for name in ("prompt_tokens", "cached_prompt_tokens"))
     settled = {done: size for done, size in resident.items() if done >= min(SETTLED, requests // 2)}
     slope, level = np.polyfit(list(settled), list(settled.values()), 1) if len(settled) > 1 else (0.0, 0.0)
     return {
         "setting": {
-            "model": "bundled", "requests": requests, "clients": CLIENTS, "new_tokens": SOAK_TOKENS,
+            "model": "bundled", "requests": requests, "clients": CLIENTS, "documents": DOCUMENTS,
+            "new_tokens": SOAK_TOKENS, "different_prompts": len(known),
+            "prompt_tokens": [min(one.tokens for one in known), max(one.tokens for one in known)],
             "kinds": dict(Counter(one.kind for one in planned)),
             "fitted": f"from request {min(settled)} on",
         },
-        "seconds": time.perf_counter() - begin,
+        "seconds": seconds,
         "outcomes": dict(outcomes),
-        "requests_by_status": dict(re.findall(r'^specextend_requests_total{status="(\d+)"} ([\d.]+)', metrics, re.M)),
+        "requests_by_status": statuses,
+        "prompt_tokens": prompt,
+        "cached_share_of_prompt_tokens": cached / prompt,
         "resident_bytes": resident,
         "slope_bytes_per_request": float(slope),
         "fitted_start_bytes": float(level + slope * min(settled)),
@@ -190,16 +221,44 @@ def soak(engine: SpecExtend, server: Served, requests: int) -> dict:
     }  # fmt: skip
 
 
-def _planned(engine: SpecExtend, requests: int) -> list[SoakRequest]:
-    """The requests, in an order that is the same every time; 16 different ones that are to be answered."""
-    text, rng = builtin_text(), random.Random(0)
+@dataclass(frozen=True)
+class Known:
+    """A request whose answer is known."""
+
+    body: dict
+    expected: str
+    tokens: int
+
+
+def _conversations(engine: SpecExtend) -> list[Known]:
+    """What is asked of every document: first questions, and after the answer to one of them different second ones."""
+    text, shortest, longest = builtin_text(), *CHARACTERS_OF_ONE
     known = []
-    for index in range(16):
-        length = 2000 if index % 8 == 0 else 60 + 40 * index
-        prompt, temperature = text[500 * index : 500 * index + length], 0.8 * (index % 2)
-        expected = engine.generate(prompt, SOAK_TOKENS, sampling=SamplingConfig(temperature, seed=index)).text
-        body = {"model": "bundled", "prompt": prompt, "max_tokens": SOAK_TOKENS}
-        known.append((body | {"temperature": temperature, "seed": index}, expected))
+    for index in range(DOCUMENTS):
+        size = shortest + (longest - shortest) * index // (DOCUMENTS - 1)
+        document = {"role": "system", "content": text[6000 * index : 6000 * index + size]}
+        new_tokens, temperature = SOAK_TOKENS[index % len(SOAK_TOKENS)], 0.8 * (index % 2)
+
+        def ask(*messages: dict, index=index, new_tokens=new_tokens, temperature=temperature) -> str:
+            sampling = SamplingConfig(temperature, seed=index)
+            answer = engine.chat(messages, new_tokens, sampling=sampling)
+            body = {"model": "bundled", "messages": messages, "max_tokens": new_tokens}
+            body |= {"temperature": temperature, "seed": index}
+            known.append(Known(body, answer.text, answer.prompt_tokens))
+            return answer.text
+
+        for first in FIRST:
+            asked = (document, {"role": "user", "content": first})
+            answer = {"role": "assistant", "content": ask(*asked)}
+        for second in SECOND:
+            ask(*asked, answer, {"role": "user", "content": second})
+        print(f"{len(known)} answers known", file=sys.stderr)
+    return known
+
+
+def _planned(known: list[Known], requests: int) -> list[SoakRequest]:
+    """The requests, in an order that is the same every time."""
+    rng = random.Random(0)
     broken = itertools.cycle(
         [
             {},
@@ -208,16 +267,19 @@ def _planned(engine: SpecExtend, requests: int) -> list[SoakRequest]:
             {"model": "bundled", "prompt": "x" * 300_000},
         ]
     )
+    kinds = {"whole": 45, "streamed": 30, "hangs up in the answer": 8, "hangs up before it": 10, "malformed": 7}
     planned = []
     for _ in range(requests):
-        body, expected = rng.choice(known)
-        kind = rng.choices(("whole", "streamed", "hangs up", "malformed"), (50, 30, 10, 10))[0]
+        one = rng.choice(known)
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
         if kind == "malformed":
-            planned.append(SoakRequest(kind, next(broken), None))
-        elif kind == "hangs up":
-            planned.append(SoakRequest(kind, body | {"max_tokens": 2000, "stream": True}, None))
+            planned.append(SoakRequest(kind, next(broken)))
+        elif kind == "hangs up in the answer":
+            planned.append(SoakRequest(kind, one.body | {"max_tokens": 2000, "stream": True}))
+        elif kind == "hangs up before it":
+            planned.append(SoakRequest(kind, one.body, patience_s=rng.uniform(0.05, 3)))
         else:
-            planned.append(SoakRequest(kind, body | {"stream": kind == "streamed"}, expected))
+            planned.append(SoakRequest(kind, one.body | {"stream": kind == "streamed"}, one.expected))
     return planned
 
 
@@ -226,9 +288,17 @@ def _send(server: Served, one: SoakRequest) -> str:
     if one.kind == "malformed":
         status = server.client.post("/v1/completions", json=one.body).status_code
         return "refused" if status in (400, 404) else f"malformed answered with {status}"
-    if one.kind == "hangs up":
-        next(server.pieces(one.body))  # and the connection closes
+    if one.kind == "hangs up in the answer":
+        pieces = server.pieces(one.body)
+        next(piece for piece in pieces if piece)
+        pieces.close()  # and the connection closes
         return "hung up"
+    if one.kind == "hangs up before it":
+        try:
+            server.client.post(_path(one.body), json=one.body, timeout=one.patience_s)
+        except httpx.TimeoutException:
+            return "hung up"
+        return "answered before it hung up"
     return "right answer" if server.complete(one.body) == one.expected else "WRONG ANSWER"
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from specextend.config import RoundSlots
 from specextend.decoding.clock import StageClock
 from specextend.decoding.output import Output
-from specextend.decoding.prefixes import NoReuse
+from specextend.decoding.prefixes import Known, NoReuse
 from specextend.drafting.drafter import Drafter
 from specextend.errors import CapacityError
+from specextend.modeling.blocks import OnBlock
 from specextend.modeling.target import Target
 from specextend.trees.tree import DraftTree
 
@@ -55,23 +56,70 @@ class Backend(Protocol):
 
 
 def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse) -> Tensor:
-    """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token []."""
-    clock = StageClock(target.model.device)
-    known = prefixes.enter(output)
+    """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token [].
+
+    What ends it halfway leaves behind what was read, for the next prompt that begins like this one.
+    """
+    reading = Reading(output, prefixes.enter(output))
     try:
-        logits = target.prefill(output.prompt, extra_slots, known.target)
+        return _read(output, target, drafter, extra_slots, prefixes, reading)
+    except BaseException:
+        prefixes.hold_part(output, reading.done)
+        raise
+
+
+def _read(
+    output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse, reading: Reading
+) -> Tensor:
+    clock, known = StageClock(target.model.device), reading.done
+    try:
+        logits = target.prefill(output.prompt, extra_slots, known.target, reading.of("target"))
     except (CapacityError, torch.OutOfMemoryError):
         if not prefixes.make_room() and not known.target:
             raise
-        known = known._replace(target=0)  # a cache that keeps nothing is freed before a larger one is made
-        logits = target.prefill(output.prompt, extra_slots)
+        known = reading.done = known._replace(
+            target=0
+        )  # a cache that keeps nothing is freed before a larger one is made
+        logits = target.prefill(output.prompt, extra_slots, on_block=reading.of("target"))
+    reading.done = known._replace(target=output.prompt_tokens)
     first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
     clock.mark("target")
-    drafter.prefill(output.prompt, first, extra_slots, known.draft)
+    drafter.prefill(output.prompt, first, extra_slots, known.draft, reading.of("draft"))
     clock.mark("draft")
     prefixes.hold(output)
     output.cached_tokens, output.prefill_seconds = known.target, clock.stage_seconds()
     return first
+
+
+class Reading:
+    """How far target and draft are in the prompt of `output`.
+
+    Attributes:
+        done: entries of their caches that are right.
+    """
+
+    def __init__(self, output: Output, known: Known):
+        self._output, self.done = output, known
+        self._queued: torch.cuda.Event | None = None
+
+    def of(self, part: str) -> OnBlock:
+        """What the prefill of `part`, "target" or "draft", tells of each block."""
+
+        def on_block(entries: int) -> None:
+            self.done = self.done._replace(**{part: entries})
+            if self._output.on_block is not None:
+                self._wait()
+                self._output.on_block(part, entries)
+
+        return on_block
+
+    def _wait(self) -> None:
+        """Keep a GPU's queue at one block: otherwise the host would have asked for all of them at once."""
+        if self._output.prompt.is_cuda:
+            if self._queued is not None:
+                self._queued.synchronize()
+            self._queued = torch.cuda.Event()
+            self._queued.record()
 
 
 class Reservation:

@@ -142,6 +142,8 @@ class Output:
         choose: the target's rule for the next token.
         observer: told of every step.
         prefix_scope: what is read here is known again to prompts of the same scope alone.
+        given: [2, L, 1, H_kv, n, D] the target's keys and values of the prompt's first tokens, fewer than it has.
+        on_block: told before each block of the prefill who reads, "target" or "draft", and how much it has read.
     Attributes:
         prefill_seconds: "target" and "draft".
         cached_tokens: of the prompt, known to the target before the prefill.
@@ -158,6 +160,8 @@ class Output:
     choose: Chooser = greedy
     observer: Observer | None = None
     prefix_scope: str | None = None
+    given: Tensor | None = None
+    on_block: Callable[[str, int], None] | None = None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     rounds: list[Round] = field(default_factory=list)

@@ -43,10 +43,23 @@ class NoReuse:
         """Prepare the caches for the prompt of `output`; what they hold of it already."""
         if self._cache is not None and self._limits is not None:
             self._cache.prefixes.leave(self._cache, self._limits)
-        return Known()
+        return Known(self._take(output.given))
 
     def hold(self, output: Output) -> None:
         """The caches hold the prompt of `output`, and will hold what it becomes."""
+
+    def hold_part(self, output: Output, read: Known) -> None:
+        """The caches hold a part of the prompt of `output`, whose prefill ended there."""
+
+    def _take(self, given: torch.Tensor | None) -> int:
+        """Have the target's cache begin with `given`; entries that are there now."""
+        if given is None:
+            return 0
+        tokens = given.shape[-2]
+        if self._cache.capacity < tokens:
+            self._cache.reset(tokens)
+        self._cache.buffer[..., :tokens, :] = given
+        return tokens
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +89,10 @@ class PrefixReuse(NoReuse):
     def enter(self, output: Output) -> Known:
         prompt = output.prompt[:-1].cpu()  # the last token is read in any case: what follows it is asked for
         draft = self._of_draft(prompt, output.prefix_scope)
+        if output.given is not None:
+            self._cache.prefixes.leave(self._cache, self._limits)
+            taken = self._take(output.given)
+            return Known(taken if self._drafter.tap is None else min(taken, draft), draft)
         if self._drafter.tap is not None:
             prompt = prompt[:draft]  # the draft reads the target's hidden states of all that it does not know
         return Known(self._cache.prefixes.enter(self._cache, prompt, output.prefix_scope, self._limits), draft)
@@ -92,9 +109,19 @@ class PrefixReuse(NoReuse):
             emitted = [len(one.tokens) for one in output.rounds]
             return contents(drafter.entries(len(prompt), emitted), drafter.lookahead)
 
-        self._cache.prefixes.hold(lambda: contents(output.context))
+        if output.given is None:  # what others computed is nothing to go by
+            self._cache.prefixes.hold(lambda: contents(output.context))
         if drafter.kept is not None:
             drafter.kept.prefixes.hold(of_draft)
+
+    def hold_part(self, output: Output, read: Known) -> None:
+        prompt, scope, drafter = output.prompt.to("cpu", copy=True), output.prefix_scope, self._drafter
+        if output.given is None:
+            self._cache.prefixes.hold(lambda: Contents(scope, prompt, read.target))
+        if drafter.kept is not None:
+            drafter.kept.prefixes.hold(lambda: Contents(scope, prompt, read.draft, drafter.lookahead))
+        if drafter.tap is not None:
+            drafter.tap.clear()
 
     @property
     def _caches(self) -> list[KVCache]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specextend.modeling.attention import attention
+from specextend.modeling.blocks import blocks
 from specextend.modeling.cache import KVCache
 from specextend.modeling.rope import DynamicRope
 from specextend.models.loading import LoadedModels
@@ -32,11 +33,14 @@ class TokenScore:
 
 
 @torch.inference_mode()
-def score(models: LoadedModels, ids: Tensor, top: int) -> list[TokenScore]:
+def score(
+    models: LoadedModels, ids: Tensor, top: int, on_block: Callable[[int], None] | None = None
+) -> list[TokenScore]:
     """Scores of the tokens `ids` [N], each behind those before it.
 
     Args:
         top: how many alternatives to tell.
+        on_block: told every few tokens how many are scored; what it raises ends it.
     """
     scores = [TokenScore(int(ids[0]), None)]
     with models.lock():
@@ -47,11 +51,10 @@ def score(models: LoadedModels, ids: Tensor, top: int) -> list[TokenScore]:
         rotary = models.target.get_decoder().rotary_emb
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(ids)
-        for start in range(0, len(ids) - 1, BLOCK):
-            block = ids[start : min(start + BLOCK, len(ids) - 1)]
-            logits = target.verify(DraftTree.chain(block))
-            target.commit(torch.arange(len(block), device=ids.device))
-            scores += scores_of(logits, ids[start + 1 : start + 1 + len(block)].tolist(), top)
+        for block in blocks(0, len(ids) - 1, BLOCK, on_block):
+            logits = target.verify(DraftTree.chain(ids[block]))
+            target.commit(torch.arange(block.stop - block.start, device=ids.device))
+            scores += scores_of(logits, ids[block.start + 1 : block.stop + 1].tolist(), top)
     return scores
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from specextend.config import SpecExtendConfig, prefill_block
 from specextend.drafting.expansion import Level, grow
 from specextend.modeling.attention import Attend, attention, band_attention, has_flash_kernel
+from specextend.modeling.blocks import OnBlock
 from specextend.modeling.cache import DraftCache, KVCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.rope import Rope
@@ -50,11 +51,14 @@ class Drafter:
         """Tokens in the draft's cache, those out of its working cache included."""
         return 0
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         """Read `prompt` [N], of which the cache `kept` holds the first `known` entries.
 
         Args:
             first: [] the target's token after it, the first root.
+            on_block: see `blocks`.
         """
         self._root = first
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.ngrams import continuation
+from specextend.modeling.blocks import OnBlock
 from specextend.trees.acceptance import Accepted
 from specextend.trees.growth import Growth
 from specextend.trees.tree import DraftTree
@@ -33,7 +34,9 @@ class PromptLookup(Drafter):
     def context(self) -> int:
         return len(self._context)
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         self._context = torch.cat((prompt, first.reshape(1)))
 
     def propose(self, growth: Growth) -> DraftTree:

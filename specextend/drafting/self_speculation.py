@@ -20,6 +20,7 @@ from specextend.drafting.drafter import Drafter, TreeDrafter
 from specextend.drafting.retrieval import StreamingWindow
 from specextend.errors import ConfigError
 from specextend.modeling.attention import attention
+from specextend.modeling.blocks import OnBlock
 from specextend.modeling.cache import KVCache
 from specextend.modeling.target import Target
 from specextend.trees.acceptance import Accepted, accept
@@ -80,7 +81,9 @@ class SelfDrafter(Drafter):
     def context(self) -> int:
         return self._sparse.full.length
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         self._sparse.begin()
         self._root = first.reshape(1)
 
@@ -127,9 +130,11 @@ class HierarchicalDrafter(SelfDrafter):
     def config_of_small(config: SpecExtendConfig) -> SpecExtendConfig:
         return replace(config, drafting="model", draft_cache="streaming")
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         super().prefill(prompt, first, extra_slots)
-        self._small.prefill(prompt, first, extra_slots, known)
+        self._small.prefill(prompt, first, extra_slots, known, on_block)
 
     def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
         return self._small.entries(prompt_tokens, emitted)

@@ -14,6 +14,7 @@ from specextend.config import SpecExtendConfig
 from specextend.drafting.drafter import TreeDrafter
 from specextend.drafting.expansion import Level
 from specextend.modeling.attention import Attend
+from specextend.modeling.blocks import OnBlock, blocks
 from specextend.modeling.rope import make_exact
 from specextend.trees.acceptance import Accepted
 from specextend.trees.growth import Growth
@@ -45,11 +46,13 @@ class ClassicDrafter(TreeDrafter):
     def entries(self, prompt_tokens: int, emitted: Sequence[int]) -> int:
         return prompt_tokens  # what came after was read with the working cache in view
 
-    def prefill(self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0) -> None:
+    def prefill(
+        self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None
+    ) -> None:
         self._reset(len(prompt), extra_slots, known)
-        for block in prompt[known:].split(self._prefill_block or len(prompt)):
-            self._run(block, self._attend_prompt)
-            self.cache.commit_prompt(len(block))
+        for block in blocks(known, len(prompt), self._prefill_block, on_block):
+            self._run(prompt[block], self._attend_prompt)
+            self.cache.commit_prompt(block.stop - block.start)
         self._pending = first.reshape(1)
 
     @property

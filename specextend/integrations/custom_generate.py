@@ -1,6 +1,6 @@
 """transformers' own `generate` with SpecExtend as its decoding loop, on a model that is loaded already.
 
-    model.generate(**inputs, custom_generate=specextend.custom_generate, draft_model="bundled", max_new_tokens=64)
+    model.generate(**inputs, custom_generate=specextend.custom_generate, assistant_model=draft, max_new_tokens=64)
 
 The engine runs twins of the models (`twin.py`), so that the user's stay as they are. Nothing differs silently from
 plain `generate`: a request, a model or a change since the last call is honoured, or refused in one line.
@@ -36,16 +36,20 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 
 from specextend.config import SamplingConfig, SpecExtendConfig
 from specextend.decoding.output import Output, Round
 from specextend.engine import SpecExtend
-from specextend.errors import ConfigError, ModelError
+from specextend.errors import ConfigError
+from specextend.integrations.caches import CacheDoor
+from specextend.integrations.drafts import checked, join
 from specextend.integrations.fingerprint import fingerprint
+from specextend.integrations.rows import Row, are_usual, check_batch, fault_of_mask, rows_of, together
 from specextend.integrations.twin import check_model, is_ordinary, make_twin
-from specextend.models.checkpoints import find_checkpoint, load_causal_lm, one_line, read_config
+from specextend.models.checkpoints import one_line
 from specextend.models.loading import LoadedModels, position_limit
-from specextend.models.presets import PRESETS, Preset
+from specextend.models.presets import Preset
 
 UNDERSTOOD = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache", "logits_to_keep")
 WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)  # in the order both sides apply them
@@ -79,73 +83,69 @@ class CustomGenerate:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        draft_model: PreTrainedModel | str | None = None,
+        draft_model: nn.Module | str | None = None,
+        assistant_model: nn.Module | str | None = None,
+        streamer: BaseStreamer | None = None,
+        synced_gpus: bool | None = None,
         specextend_config: SpecExtendConfig | None = None,
         seed: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
-        """Continue `input_ids` [1, N] as plain `generate` would: the same tokens greedily, the same law sampled.
+        """Continue `input_ids` [B, N] as plain `generate` would: the same tokens greedily, the same law sampled.
 
-        What would differ is refused: ConfigError for the request, ModelError for the models.
+        What would differ is refused: ConfigError for the request, ModelError for the models. The rows of a batch take
+        turns.
 
         Args:
-            draft_model: a causal LM with the target's vocabulary: loaded, a directory, a hub id or a preset's name.
+            draft_model, assistant_model: one of them, a causal LM with the target's vocabulary or an EAGLE head of the
+                target's: loaded, a directory, a hub id, or the name of a preset with a draft of its own.
+            streamer, synced_gpus: as for `generate`.
             specextend_config: None takes SpecExtend with all of its parts.
             seed: of the sampling noise, as `SamplingConfig.seed`; None draws one from torch's generator, so that
-                `torch.manual_seed` decides as it does for plain `generate`.
+                `torch.manual_seed` decides as it does for plain `generate`. The rows of a batch count on from it.
             tokenizer: for `generate` itself (`stop_strings`, `token_healing`).
         Returns:
-            [1, N + new] token ids, or transformers' output object under `return_dict_in_generate`.
+            [B, N + new] token ids, or transformers' output object under `return_dict_in_generate`.
         """
-        lost = _lost_arguments()
-        _refuse(model, input_ids, generation_config, model_kwargs, lost)
+        handed = {"streamer": streamer, "assistant_model": assistant_model, "synced_gpus": synced_gpus}
+        lost = _lost_arguments() | {name: value for name, value in handed.items() if value is not None}
+        mask = model_kwargs.get("attention_mask")
+        cache = CacheDoor(model_kwargs.get("past_key_values"), returned=generation_config.return_dict_in_generate)
+        _refuse(model, input_ids, generation_config, model_kwargs, lost, cache)
         _check_own(specextend_config, seed)
-        engine = self._engine(model, draft_model, specextend_config)
-        processors, sampling = _split(logits_processor, generation_config.do_sample, seed)
-        notes = _notes(generation_config, logits_processor[len(processors) :])
-        if notes:
-            processors = [notes["logits"], *processors, notes["scores"]]
-        result = engine.generate(
-            input_ids[0],
-            generation_config.max_length - input_ids.shape[1],
-            sampling=sampling,
-            processors=processors,
-            until=_Until(input_ids, generation_config.max_length, stopping_criteria, notes.get("scores")),
-            on_round=_feeder(lost.get("streamer")),
-        )
-        if lost.get("streamer") is not None:
-            lost["streamer"].end()
-        new_ids = torch.tensor([result.token_ids], dtype=input_ids.dtype, device=input_ids.device)
-        sequences = torch.cat((input_ids, new_ids), dim=1)
+        check_batch(len(input_ids), generation_config, logits_processor, stopping_criteria, lost["streamer"])
+        call = _Call(
+            self._engine(model, _one_draft(draft_model, lost["assistant_model"]), specextend_config),
+            generation_config, logits_processor, stopping_criteria, lost["streamer"], cache,
+        )  # fmt: skip
+        rows = list(rows_of(input_ids, mask))
+        answers = [call.answer(row, seed) for row in rows]
+        if call.streamer is not None:
+            call.streamer.end()
+        pad = generation_config._pad_token_tensor
+        sequences = together(input_ids, answers, 0 if pad is None else int(pad))
+        known = cache.fill(rows)
         if not generation_config.return_dict_in_generate:
             return sequences
-        wanted = {name: note.rows(len(result.token_ids)) for name, note in notes.items() if note.wanted}
-        return GenerateDecoderOnlyOutput(sequences=sequences, **wanted)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **call.wanted, **known)
 
     def close(self) -> None:
         """Forget every engine, so that its caches and copies are freed; the next call makes a new one."""
         with self._lock:
             self._engines.clear()
 
-    def _engine(self, model: PreTrainedModel, draft, config: SpecExtendConfig | None) -> SpecExtend:
+    def _engine(self, model: PreTrainedModel, draft: object, config: SpecExtendConfig | None) -> SpecExtend:
         """The engine kept for the model, unless anything about it, the draft or the setting changed since."""
         check_model(model, "the model")
-        draft = _without_peft(draft)
-        if isinstance(draft, PreTrainedModel):
-            check_model(draft, "the draft")
-        elif not isinstance(draft, str):
-            given = one_line(repr(draft), 40)
-            raise ConfigError(
-                f"draft_model is {given}; give a loaded causal LM, a directory, a hub id or a preset's name"
-            )
+        draft = checked(draft)
         with self._lock:
-            prints = fingerprint(model), fingerprint(draft) if isinstance(draft, PreTrainedModel) else None
+            prints = fingerprint(model), fingerprint(draft) if isinstance(draft, nn.Module) else None
             kept = self._engines.get(model)
             if kept is None or not kept.serves(prints, draft, config):
                 self._engines.pop(model, None)  # freed before the next is made
-                engine = SpecExtend(_load(model, draft), config, eager=not is_ordinary(model))
-                held = ref(draft) if isinstance(draft, PreTrainedModel) else lambda: draft
+                engine = SpecExtend(join(_load(model), draft), config, eager=not is_ordinary(model))
+                held = ref(draft) if isinstance(draft, nn.Module) else lambda: draft
                 kept = self._engines[model] = _Kept(engine, prints, held, config)
             return kept.engine
 
@@ -162,28 +162,58 @@ class _Kept:
         return self.prints == prints and same_draft and self.config == config
 
 
+class _Call:
+    """One call of `generate`, row by row.
+
+    Attributes:
+        wanted: what the output object has beside the sequences.
+    """
+
+    def __init__(
+        self, engine: SpecExtend, config: GenerationConfig, processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList, streamer: BaseStreamer | None, cache: CacheDoor,
+    ):  # fmt: skip
+        self._engine, self._config, self._processors = engine, config, processors
+        self._criteria, self.streamer, self._cache = criteria, streamer, cache
+        self.wanted: dict[str, tuple[Tensor, ...]] = {}
+
+    def answer(self, row: Row, seed: int | None) -> list[int]:
+        """The new tokens of a row."""
+        config, end = self._config, self._config.max_length
+        processors, sampling = _split(self._processors, config.do_sample, seed, row.index)
+        notes = _notes(config, self._processors[len(processors) :])
+        processors = row.of(processors)
+        if notes:
+            processors = [notes["logits"], *processors, notes["scores"]]
+        known = self._cache.known(row)
+        result = self._engine.generate(
+            row.tokens, end - row.padded.shape[1], sampling=sampling, processors=processors,
+            until=_Until(row.padded, end, self._criteria, notes.get("scores")), on_round=self._on_round,
+            key_values=known,
+        )  # fmt: skip
+        if known is not None and self._engine.reads_hidden_states:
+            self._cache.check(known)
+        self.wanted = {name: note.rows(len(result.token_ids)) for name, note in notes.items() if note.wanted}
+        return result.token_ids
+
+    def _on_round(self, output: Output, round_: Round | None) -> None:
+        if self.streamer is not None:
+            for token in round_.tokens if round_ else output.token_ids:
+                self.streamer.put(torch.tensor([token]))
+        self._cache.listen(self._engine, output, round_)
+
+
 # --- the models ---------------------------------------------------------------------------------------------------
 
 
-def _load(model: PreTrainedModel, draft: PreTrainedModel | str) -> LoadedModels:
+def _load(model: PreTrainedModel) -> LoadedModels:
+    """The model as a target, without a draft yet."""
     name = model.name_or_path or type(model).__name__
-    if isinstance(draft, str):
-        directory = find_checkpoint(PRESETS[draft].draft or draft if draft in PRESETS else draft)
-        small = load_causal_lm(directory, read_config(directory), dtype=model.dtype, device=model.device)
-    else:
-        if draft.device != model.device:
-            raise ModelError(f"the model is on {model.device}, the draft on {draft.device}; put both on one device")
-        small = make_twin(draft)
-    if small.config.vocab_size < model.config.vocab_size:
-        raise ModelError(
-            f"the draft knows {small.config.vocab_size} tokens, the model {model.config.vocab_size}; choose a draft "
-            "with the model's vocabulary"
-        )
     return LoadedModels(
         name=name,
         preset=Preset(name, name, None),
         target=make_twin(model),
-        draft=small,
+        draft=None,
         tokenizer=_NoText(),
         eos_token_ids=frozenset(),  # among the stopping criteria
         limit=position_limit(model.config),
@@ -191,8 +221,14 @@ def _load(model: PreTrainedModel, draft: PreTrainedModel | str) -> LoadedModels:
         device=model.device,
         dtype=model.dtype,
         target_id=name,
-        draft_id=draft if isinstance(draft, str) else draft.name_or_path,
+        draft_id=None,
     )
+
+
+def _one_draft(draft: object, assistant: object) -> object:
+    if draft is not None and assistant is not None:
+        raise ConfigError("draft_model and assistant_model both name a draft; give one of them")
+    return assistant if draft is None else draft
 
 
 class _NoText:
@@ -202,15 +238,6 @@ class _NoText:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return ""
-
-
-def _without_peft(draft: object) -> object:
-    """The transformers model inside of PEFT's, its adapters with it."""
-    if isinstance(draft, nn.Module) and not isinstance(draft, PreTrainedModel) and hasattr(draft, "get_base_model"):
-        if draft.active_peft_config.is_prompt_learning:
-            raise ModelError("the draft has a prompt that PEFT learned; give a draft without, or with LoRA")
-        return draft.get_base_model()
-    return draft
 
 
 # --- the request --------------------------------------------------------------------------------------------------
@@ -228,54 +255,47 @@ def _lost_arguments() -> dict[str, Any]:
     """`streamer`, `assistant_model` and `synced_gpus` as `generate` was given them.
 
     transformers 5.17 collects them for its own loops and hands a callable none of them
-    (`GenerationMixin._extract_generation_mode_kwargs`); they are read where it still has them, in its frame.
+    (`GenerationMixin._extract_generation_mode_kwargs`); they are read where it still has them, in its frame. One that
+    hands them over is believed instead.
     """
     frame = _frame_of(GenerationMixin.generate)
     names = ("streamer", "assistant_model", "synced_gpus")
-    return {name: frame.f_locals.get(name) for name in names} if frame is not None else {}
+    return {name: frame.f_locals.get(name) if frame is not None else None for name in names}
 
 
 def _refuse(
     model: PreTrainedModel, input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any],
-    lost: dict[str, Any],
+    lost: dict[str, Any], cache: CacheDoor,
 ) -> None:  # fmt: skip
     """ConfigError for what the engine does not do."""
-    mode = config.get_generation_mode(lost.get("assistant_model"))
-    cache, mask, positions = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    mode = config.get_generation_mode()
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     unknown = [name for name, value in model_kwargs.items() if name not in UNDERSTOOD and value is not None]
-    kinds = f"{mode.value.replace('_', ' ')}: it decodes greedily or samples (num_beams=1, no assistant_model)"
     faults = {
-        kinds: mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
-        f"num_return_sequences={config.num_return_sequences}: ask for one, several times": (
-            (config.num_return_sequences or 1) > 1
+        f"{mode.value.replace('_', ' ')}: it decodes greedily or samples (num_beams=1)": (
+            mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         ),
-        f"a batch of {len(input_ids)} prompts: give one at a time": len(input_ids) > 1,
-        "an attention_mask with zeros: leave the padding away": mask is not None and not bool(mask.all()),
         "inputs_embeds: give input_ids": model_kwargs.get("inputs_embeds") is not None,
-        "past_key_values: it has a cache of its own; give the whole prompt, without a cache": (
-            getattr(cache, "_is_user_defined", False)
-        ),
         "a quantized cache, which changes the answer: leave cache_implementation away": (
-            isinstance(cache, QuantizedCache)
+            isinstance(model_kwargs.get("past_key_values"), QuantizedCache)
         ),
         "output_attentions and output_hidden_states: they are not kept": bool(
             config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states)
         ),
         f"{', '.join(unknown)}: the engine's models are given tokens alone": bool(unknown),
-        "synced_gpus: it runs on one device": bool(lost.get("synced_gpus")),
+        "synced_gpus: it runs on one device": bool(lost["synced_gpus"]),
         "autocast: load the model in the dtype it should run in": torch.is_autocast_enabled(input_ids.device.type),
+        f"an attention_mask of {mask is not None and list(mask.shape)} beside input_ids of {list(input_ids.shape)}: "
+        "give equal shapes": mask is not None and mask.shape != input_ids.shape,
     }
     for fault, found in faults.items():
         if found:
             raise ConfigError(f"specextend.custom_generate does not take {fault}")
-    if mask is not None and mask.shape != input_ids.shape:
-        shapes = f"{list(mask.shape)} beside input_ids of {list(input_ids.shape)}"
-        raise ConfigError(f"specextend.custom_generate does not take an attention_mask of {shapes}: give equal shapes")
-    usual = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if positions is not None and not torch.equal(positions.to(usual).expand_as(input_ids)[0], usual):
-        raise ConfigError(
-            "specextend.custom_generate does not take position_ids other than 0, 1, 2, ...: leave them away"
-        )
+    fault = fault_of_mask(mask) or cache.fault(input_ids, model.config)
+    if fault is None and positions is not None and not are_usual(positions, mask, input_ids):
+        fault = "position_ids other than 0, 1, 2, ...: leave them away"
+    if fault:
+        raise ConfigError(f"specextend.custom_generate does not take {fault}")
 
 
 def _check_own(config: object, seed: object) -> None:
@@ -290,11 +310,14 @@ def _check_own(config: object, seed: object) -> None:
 
 
 def _split(
-    prepared: Sequence[LogitsProcessor], do_sample: bool, seed: int | None
+    prepared: Sequence[LogitsProcessor], do_sample: bool, seed: int | None, row: int
 ) -> tuple[list[LogitsProcessor], SamplingConfig]:
     """The processors to run, and the sampling that does what the rest, temperature, top-k and top-p at the end, would.
 
     Sampling by these three alone is then what `SpecExtend.generate` does, token for token, and needs no processor.
+
+    Args:
+        row: whose noise it is; the first has that of `seed`.
     """
     if not do_sample:
         return list(prepared), SamplingConfig()
@@ -310,7 +333,7 @@ def _split(
         temperature=temperature.temperature if temperature else 1.0,
         top_k=top_k.top_k if top_k else 0,
         top_p=top_p.top_p if top_p else 1.0,
-        seed=seed,
+        seed=(seed + row) % 2**63 if seed >= 0 else seed,
     )
     return rest, sampling
 
@@ -328,17 +351,6 @@ class _Until:
         self._ids[0, end - 1] = token_ids[-1]
         scores = self._scores and self._scores.rows(len(token_ids))
         return bool(self._criteria(self._ids[:, :end], scores).all())
-
-
-def _feeder(streamer) -> Callable[[Output, Round | None], None] | None:
-    if streamer is None:
-        return None
-
-    def feed(output: Output, round_: Round | None) -> None:
-        for token in round_.tokens if round_ else output.token_ids:
-            streamer.put(torch.tensor([token]))
-
-    return feed
 
 
 class _Note(LogitsProcessor):

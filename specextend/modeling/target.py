@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specextend.modeling.attention import Attention, attention_row
+from specextend.modeling.blocks import OnBlock, blocks
 from specextend.modeling.cache import KVCache
 from specextend.modeling.features import FeatureTap
 from specextend.modeling.rope import DynamicRope
@@ -49,17 +50,21 @@ class Target:
         """Position of the next token, the root of the next tree."""
         return self.cache.length
 
-    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0) -> Tensor:
-        """Read `prompt` [N], whose first `known` tokens the cache holds, allocate `extra_slots` more; logits [1, V]."""
+    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None) -> Tensor:
+        """Read `prompt` [N], whose first `known` tokens the cache holds, allocate `extra_slots` more; logits [1, V].
+
+        Args:
+            on_block: see `blocks`.
+        """
         self.cache.reset(len(prompt) + extra_slots, known)
         if self._tap:
             self._tap.clear()
         rotary = self.model.get_decoder().rotary_emb
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(prompt)
-        for block in prompt[known:].split(self._prefill_block or len(prompt)):
-            logits = self._read(block)
-            self.cache.length += len(block)
+        for block in blocks(known, len(prompt), self._prefill_block, on_block):
+            logits = self._read(prompt[block])
+            self.cache.length = block.stop
         self._newest = 0
         return logits
 

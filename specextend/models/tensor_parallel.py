@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from specextend.errors import ConfigError, DeviceError, ModelError
+from specextend.modeling.blocks import OnBlock
 from specextend.modeling.cache import cache_shape
 from specextend.modeling.target import Target
 from specextend.models.checkpoints import load_causal_lm
@@ -133,9 +134,9 @@ class ShardedTarget(Target):
 class CheckedTarget(ShardedTarget):
     """One that stops as soon as ranks part."""
 
-    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0) -> Tensor:
+    def prefill(self, prompt: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None) -> Tensor:
         self._ranks.require_equal("prompt", prompt)
-        logits = super().prefill(prompt, extra_slots, known)
+        logits = super().prefill(prompt, extra_slots, known, on_block)
         self._ranks.require_equal("prompt's logits", logits)
         return logits
 

@@ -21,7 +21,7 @@ from specextend.decoding.observer import Observer
 from specextend.decoding.output import Generation, Output, Round
 from specextend.decoding.text import TextStream
 from specextend.drafting.retrieval import num_chunks
-from specextend.engine import GREEDY, SpecExtend
+from specextend.engine import GREEDY, OnBlock, OnRound, SpecExtend
 from specextend.errors import ModelError
 
 WARM_UP_ROUNDS = 6  # more than between two refreshes of the working cache
@@ -145,7 +145,7 @@ class Racetrack:
     def run(
         self, prompt: EncodedPrompt, new_tokens: int, sampling: SamplingConfig = GREEDY, report: Report | None = None
     ) -> Race:
-        """Race on `prompt`; an exception out of `report`, called before each lane and after its rounds, ends it.
+        """Race on `prompt`; an exception out of `report`, called before blocks of a prefill and after rounds, ends it.
 
         Every other race runs the lanes in the opposite order, so that none always has the cooler or the slower machine.
         The chunks are observed in a run of their own, which is not timed and takes SpecExtend's time once more.
@@ -156,13 +156,15 @@ class Racetrack:
         self._warm_up(prompt.ids, new_tokens, sampling, report)
         results = {}
         for method in order:
-            on_round = _reporter(report, LABELS[method], new_tokens)
-            on_round(None, None)
-            results[method] = self._lanes[method](prompt.ids, new_tokens, sampling=sampling, on_round=on_round)
-        on_round = _reporter(report, "Chunks the draft read", new_tokens)
-        on_round(None, None)
+            on_round, on_block = _reporters(report, LABELS[method], new_tokens)
+            results[method] = self._lanes[method](
+                prompt.ids, new_tokens, sampling=sampling, on_round=on_round, on_block=on_block
+            )
+        on_round, on_block = _reporters(report, "Chunks the draft read", new_tokens)
         observer = SelectionObserver(self.engine.config.retrieval.chunk_size)
-        seen = self.engine.generate(prompt.ids, new_tokens, sampling=sampling, on_round=on_round, observer=observer)
+        seen = self.engine.generate(
+            prompt.ids, new_tokens, sampling=sampling, on_round=on_round, on_block=on_block, observer=observer
+        )
         models, config = self.engine.models, self.engine.config
         return Race(
             source=prompt.source,
@@ -184,17 +186,16 @@ class Racetrack:
 
     def _warm_up(self, ids: Tensor, new_tokens: int, sampling: SamplingConfig, report: Report) -> None:
         """Run the first rounds of every lane at the race's own lengths, which then find memory and graphs ready."""
-        progress = _reporter(report, "Warming up", new_tokens)
+        _, on_block = _reporters(report, "Warming up", new_tokens)
 
         def on_round(output: Output, round_: Round | None) -> None:
-            progress(None, None)  # no count: it ends far before its last token
+            report(Progress("Warming up", None, new_tokens))  # no count: it ends far before its last token
             if len(output.rounds) >= WARM_UP_ROUNDS:
                 raise _WarmedUp
 
-        progress(None, None)
         for generate in self._lanes.values():
             with suppress(_WarmedUp):
-                generate(ids, new_tokens, sampling=sampling, on_round=on_round)
+                generate(ids, new_tokens, sampling=sampling, on_round=on_round, on_block=on_block)
 
     def _lane(self, method: str, result: Generation) -> Lane:
         return Lane(
@@ -257,5 +258,9 @@ def _same_rounds(left: Generation, right: Generation) -> bool:
     return [one.tokens for one in left.rounds] == [one.tokens for one in right.rounds]
 
 
-def _reporter(report: Report, label: str, new_tokens: int) -> Callable[[Output | None, Round | None], None]:
-    return lambda output, _: report(Progress(label, output.new_tokens if output else None, new_tokens))
+def _reporters(report: Report, label: str, new_tokens: int) -> tuple[OnRound, OnBlock]:
+    """What a generation calls after its rounds, and before the blocks of its prefill."""
+    return (
+        lambda output, _: report(Progress(label, output.new_tokens, new_tokens)),
+        lambda *_: report(Progress(label, None, new_tokens)),
+    )

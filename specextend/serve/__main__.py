@@ -16,7 +16,8 @@ from specextend.engine import SpecExtend
 from specextend.errors import ConfigError
 from specextend.serve.app import create_app
 from specextend.serve.connections import server_config
-from specextend.serve.settings import Settings, check_host, hosts_of, read_key
+from specextend.serve.keys import ONLY, read_keys
+from specextend.serve.settings import Settings, check_host, hosts_of
 from specextend.serve.worker import Worker
 
 KEY_VARIABLE = "SPECEXTEND_API_KEY"
@@ -24,22 +25,23 @@ KEY_VARIABLE = "SPECEXTEND_API_KEY"
 
 def main() -> None:
     args = parse_args()
-    key = _key(args)
-    check_host(args.host, key)
+    keys = _keys(args)
+    check_host(args.host, has_key=bool(keys))
     settings = Settings(
         model_id=args.served_model_name or args.model_name,
-        api_key=key,
+        api_keys=keys,
         max_waiting=args.max_waiting,
         max_prompt_tokens=args.max_prompt_tokens,
         max_new_tokens=args.max_new_tokens,
         default_max_tokens=args.default_max_tokens,
         max_body_bytes=args.max_body_bytes,
         grace_s=args.grace,
-        allowed_hosts=hosts_of(args.host, key, args.allowed_hosts),
+        allowed_hosts=hosts_of(args.host, args.allowed_hosts, has_key=bool(keys)),
         allowed_origins=tuple(args.allowed_origins),
         max_connections=args.max_connections,
         header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
+        request_timeout_s=args.request_timeout,
     )
     listener = _listen(args.host, args.port)
     args.use_specextend = args.use_specextend or "method" not in args
@@ -88,7 +90,9 @@ def parse_args() -> argparse.Namespace:
     server.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
     server.add_argument("--served_model_name", help="the model's name towards clients; else --model_name")
     server.add_argument("--api_key", help=f"clients must send it; better --api_key_file or {KEY_VARIABLE}")
-    server.add_argument("--api_key_file", type=Path, help="file with the key")
+    server.add_argument(
+        "--api_key_file", type=Path, help="file with the keys, one per line, KEY or NAME: KEY; keys share no prefixes"
+    )
     server.add_argument("--max_waiting", type=int, default=64, help="requests in the queue; more get 429")
     server.add_argument("--max_prompt_tokens", type=int, default=0, help="per request; 0: what the model holds")
     server.add_argument(
@@ -112,19 +116,24 @@ def parse_args() -> argparse.Namespace:
     server.add_argument("--max_connections", type=int, default=512, help="open at once; idle ones make room")
     server.add_argument("--header_timeout", type=float, default=10.0, help="seconds for a request's header")
     server.add_argument("--body_timeout", type=float, default=60.0, help="seconds for a request's body")
+    server.add_argument(
+        "--request_timeout", type=float, default=0.0, help="seconds for an answer, waiting included; 0: no limit"
+    )
     return parser.parse_args()
 
 
-def _key(args: argparse.Namespace) -> str | None:
-    given = {
-        "--api_key": args.api_key,
-        "--api_key_file": args.api_key_file and read_key(args.api_key_file),
-        KEY_VARIABLE: os.environ.get(KEY_VARIABLE),
-    }
-    keys = {name: key for name, key in given.items() if key is not None}
-    if len(keys) > 1:
-        raise ConfigError(f"the API key is given by {' and '.join(keys)}; give it once")
-    return next(iter(keys.values()), None)
+def _keys(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> API key, by whichever way they are given; empty without any."""
+    ways = {
+        "--api_key": args.api_key, "--api_key_file": args.api_key_file, KEY_VARIABLE: os.environ.get(KEY_VARIABLE)
+    }  # fmt: skip
+    given = {way: value for way, value in ways.items() if value is not None}
+    if len(given) > 1:
+        raise ConfigError(f"the API key is given by {' and '.join(given)}; give it once")
+    value = next(iter(given.values()), None)
+    if isinstance(value, Path):
+        return read_keys(value)
+    return {} if value is None else {ONLY: value}
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -11,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from specextend.serve.errors import ApiError, BodyError
+from specextend.serve.keys import Keyring
 from specextend.serve.metrics import CLIENT_GONE
 from specextend.serve.settings import Settings
 
@@ -20,13 +20,15 @@ PUBLIC_PATHS = ("/health",)  # need no key
 class AuthMiddleware:
     """Plain ASGI middleware, so that a client's disconnect reaches the application.
 
+    Behind it `request.state.client` is the name of the request's API key, None where nobody is asked for one.
+
     Args:
         count: called with each request's status at its end.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, count: Callable[[int], None]):
         self._app, self._settings, self._count = app, settings, count
-        self._key = None if settings.api_key is None else settings.api_key.encode()
+        self._keys = Keyring(settings.keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,33 +43,33 @@ class AuthMiddleware:
             await send(message)
 
         try:
-            self._check(scope)
+            client = self._check(scope)
         except ApiError as error:
             await error.response()(scope, receive, counting_send)
         else:
             try:
-                await self._app(scope, self._bounded(receive), counting_send)
+                state = scope.get("state", {}) | {"client": client}
+                await self._app(scope | {"state": state}, self._bounded(receive), counting_send)
             except Exception:  # answered with 500 further out
                 status = 500
                 raise
         finally:
             self._count(status)
 
-    def _check(self, scope: Scope) -> None:
+    def _check(self, scope: Scope) -> str | None:
+        """The name of the request's key, None where nobody is asked; ApiError where the request is not let in."""
         headers = Headers(scope=scope)
         self._check_host(headers.get("host", ""))
-        if self._key is not None and scope["path"] not in PUBLIC_PATHS:
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            # compared whatever the rest looks like, in a time that tells nothing of the key
-            same = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
-            if not (same and kind.lower() == "bearer"):
-                raise ApiError(
-                    401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+        client = self._keys.name_of(headers.get("authorization", ""))
+        if self._keys and client is None and scope["path"] not in PUBLIC_PATHS:
+            raise ApiError(
+                401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._settings.max_body_bytes:
             raise ApiError(413, self._too_large(), code="request_too_large", headers={"Connection": "close"})
+        return client
 
     def _check_host(self, host: str) -> None:
         """A web page may have its own name resolved to this machine; the browser then says that name here."""

@@ -14,7 +14,13 @@ from starlette.exceptions import HTTPException
 from specextend.errors import CapacityError, SpecExtendError
 
 _LOG = logging.getLogger("uvicorn.error")
-_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+    504: "server_error",
+}
 _CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 

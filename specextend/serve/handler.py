@@ -47,8 +47,11 @@ class RequestHandler:
         """The whole response, or a stream from the first text on; ApiError where the request is refused."""
         self.check_model(body.model)
         self._worker.check_queue()  # before the work of tokenizing
-        job = Job(await self.in_turn(functools.partial(self._preparation.tasks, body)))
+        job = Job(await self.in_turn(functools.partial(self._preparation.tasks, body)), request.state.client)
         self._worker.submit(job)
+        if seconds := self._settings.request_timeout_s:
+            late = ApiError(504, f"the answer was not there after {seconds:g} s", code="request_timeout")
+            job.limit(seconds, functools.partial(self._worker.cancel, job, late))
         events = job.events()
         try:
             async with self._cancelled_when_gone(request, job):

@@ -43,6 +43,12 @@ class Metrics:
         self.accepted_at = make(
             Counter, "accepted_tokens_at_position", "Draft tokens accepted, by place in their round from 0", "position"
         )
+        self.client_tokens = make(
+            Counter,
+            "client_tokens",
+            "Prompt and generated tokens of finished requests, by the API key's name",
+            "client",
+        )
         self.rounds = make(Counter, "rounds", "Rounds of decoding of finished requests")
         self.plain_rounds = make(Counter, "plain_rounds", "Rounds of them that verified no draft token")
         self.price = make(Gauge, "price_tokens_per_second", "What drafts had to earn, last request; 0: fixed trees")
@@ -56,7 +62,10 @@ class Metrics:
         for position in range(round_.accepted):
             self.accepted_at.labels(str(position)).inc()
 
-    def finished(self, result: Generation) -> None:
+    def finished(self, result: Generation, client: str | None = None) -> None:
+        """Count a generation, for `client` too where clients have names."""
+        if client is not None:
+            self.client_tokens.labels(client).inc(result.prompt_tokens + result.new_tokens)
         self.prompt_tokens.inc(result.prompt_tokens)
         self.cached_tokens.inc(result.cached_tokens)
         self.rounds.inc(len(result.rounds))

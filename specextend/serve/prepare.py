@@ -49,7 +49,7 @@ class Preparation:
         echo = None
         if body.echoes:
             echo = prompt if isinstance(prompt, str) else self._engine.models.tokenizer.decode(ids.tolist())
-        return Task(ids, limit, body.sampling(choice), body.stop, rules, echo, body.scored)
+        return Task(ids, limit, body.sampling(choice), body.stop, rules, echo, body.scored, bool(body.ignore_eos))
 
     def _encode(self, body: GenerationRequest, prompt: Prompt) -> Tensor:
         """Token ids [N] of a prompt."""

@@ -10,7 +10,6 @@ from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    SuppressTokensLogitsProcessor,
 )
 
 from specextend.models.loading import LoadedModels
@@ -24,9 +23,7 @@ def processors(body: GenerationRequest, prompt_tokens: int, models: LoadedModels
     if body.logit_bias:
         rules.append(SequenceBiasLogitsProcessor(_bias(body.logit_bias, models.target.config.vocab_size)))
     eos = sorted(models.eos_token_ids)
-    if body.ignore_eos and eos:
-        rules.append(SuppressTokensLogitsProcessor(eos, device=models.device))
-    elif body.min_tokens and eos:
+    if body.min_tokens and eos and not body.ignore_eos:
         rules.append(MinNewTokensLengthLogitsProcessor(prompt_tokens, body.min_tokens, eos, device=str(models.device)))
     if body.repetition_penalty not in (None, 1):
         rules.append(RepetitionPenaltyLogitsProcessor(float(body.repetition_penalty)))

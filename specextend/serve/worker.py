@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,7 @@ class Task:
         max_new_tokens: 0 continues nothing.
         processors: of this task alone, since some remember what they saw.
         echo: text that stands before the answer.
+        endless: whether the end of the text does not end the answer.
         scored: how many alternatives are told with each token's log-probability; None: not even its own.
     """
 
@@ -46,6 +47,7 @@ class Task:
     processors: list[LogitsProcessor] = field(default_factory=list)
     echo: str | None = None
     scored: int | None = None
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,43 @@ class End:
 class Job:
     """A request under way, created on the event loop that waits for it; its tasks run one after the other.
 
+    Args:
+        client: whose it is; prefixes are known to the same client alone.
     Attributes:
         error: why it was cancelled.
     """
 
     tasks: list[Task]
+    client: str | None = None
     arrived: float = field(default_factory=time.perf_counter)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     _events: asyncio.Queue = field(default_factory=asyncio.Queue)
+    _timer: asyncio.TimerHandle | None = None
     error: ApiError | None = None
+
+    def limit(self, seconds: float, expire: Callable[[], None]) -> None:
+        """Call `expire` after so many seconds, unless all events have been seen by then."""
+        self._timer = self._loop.call_later(seconds, expire)
 
     def send(self, event: Piece | End | Exception | None) -> None:
         """Pass text, a result, a failure or the end (None) to the event loop; from any thread."""
         self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+    def check(self) -> None:
+        """Cancelled where it has been; asked by the thread that decodes."""
+        if self.error is not None:
+            raise Cancelled
+
     async def events(self) -> AsyncIterator[Piece | End]:
         """What happens, up to the end; raises what went wrong."""
-        while (event := await self._events.get()) is not None:
-            if isinstance(event, Exception):
-                raise event
-            yield event
+        try:
+            while (event := await self._events.get()) is not None:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
 
 
 class Worker:
@@ -143,7 +162,7 @@ class Worker:
             )  # fmt: skip
 
     def cancel(self, job: Job, error: ApiError | None = None) -> None:
-        """End a job: at once if it waits, after its round if it runs; nothing if it is done."""
+        """End a job: at once if it waits, else after its round or block; nothing if it is done."""
         with self._changed:
             job.error = job.error or error or ApiError(CLIENT_GONE, "the client has gone")
             if job in self._waiting:
@@ -203,15 +222,15 @@ class Worker:
         return told
 
     def _run(self, job: Job, index: int, task: Task) -> Generation:
-        if job.error is not None:
-            raise Cancelled
+        job.check()
         if task.echo is not None:
-            scores = () if task.scored is None else score(self._engine.models, task.ids, task.scored)
+            told = task.scored
+            scores = () if told is None else score(self._engine.models, task.ids, told, lambda _: job.check())
             job.send(Piece(index, task.echo, scores))
         if task.max_new_tokens == 0:
             return Generation(len(task.ids), [], "", "length", [], {})
         result = self._generate(job, index, task)
-        self.metrics.finished(result)
+        self.metrics.finished(result, job.client)
         return result
 
     def _generate(self, job: Job, index: int, task: Task) -> Generation:
@@ -229,8 +248,7 @@ class Worker:
             # set here, where no cache is growing, rather than read by whoever asks for the metrics
             self.metrics.cache_bytes.set(self._engine.cache_bytes)
             self.metrics.tokens.inc(len(round_.tokens) if round_ else 1)
-            if job.error is not None:
-                raise Cancelled
+            job.check()
             piece = text.push(output.token_ids, last=output.finished)
             scores = recorder.take(output.token_ids) if recorder else ()
             if piece or scores:
@@ -239,7 +257,8 @@ class Worker:
         processors = [recorder, *task.processors] if recorder else task.processors
         return self._engine.generate(
             task.ids, task.max_new_tokens, sampling=task.sampling, stop=task.stop, processors=processors,
-            on_round=on_round,
+            on_round=on_round, on_block=lambda *_: job.check(), prefix_scope=job.client,
+            eos_token_ids=() if task.endless else None,
         )  # fmt: skip
 
 

@@ -347,3 +347,90 @@ def test_a_session_says_what_was_said_and_can_be_forked(bundled_models):
     with pytest.raises(CapacityError):
         session.ask("Too much?", 1 << 20)
     assert len(session.messages) == 5
+
+
+# ---- a prefill that is ended
+
+
+class Ended(Exception):
+    """Raised between two blocks."""
+
+
+def ended_after(blocks: int):
+    """An `on_block` that lets so many blocks pass, and the list of what it was told."""
+    told: list[tuple[str, int]] = []
+
+    def on_block(part: str, tokens: int) -> None:
+        told.append((part, tokens))
+        if len(told) > blocks:
+            raise Ended
+
+    return on_block, told
+
+
+def assert_ended_leaves_no_trace(engine, prompts, ends, sampling) -> None:
+    """Each prompt is given up after so many blocks, perhaps never, then asked for to its end."""
+    for prompt, blocks in zip(prompts, ends, strict=True):
+        on_block, told = ended_after(blocks)
+        try:
+            engine.generate(prompt, 6, sampling=sampling, on_block=on_block)
+        except Ended:
+            assert len(told) == blocks + 1
+        found, wanted = (one.generate(prompt, 6, sampling=sampling) for one in (engine, anew(engine)))
+        assert found.token_ids == wanted.token_ids
+        assert [one.accepted for one in found.rounds] == [one.accepted for one in wanted.rounds]
+        if backend_of(engine)._drafter.tap is None:  # heads read the target's features of what they lack
+            assert found.cached_tokens >= max(tokens for part, tokens in told if part == "target")
+
+
+@settings(max_examples=40)
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 50), st.integers(0, 30)), min_size=2, max_size=4),
+    method=st.sampled_from(EAGER),
+    sampling=SAMPLINGS,
+)
+def test_a_prefill_that_is_ended_leaves_no_trace_but_what_it_read(
+    cuts, method, sampling, make_model, perturbed, make_engine, make_prompt
+):
+    target = make_model("gqa")
+    config = replace(config_of(method, TreeConfig(5, 3, 0.1)), prefill_block=7)
+    engine = make_engine(target, perturbed(target, 0.1), config, prefix_reuse=LIMITS)
+    documents = [make_prompt(50, seed) for seed in range(3)]
+    prompts = [torch.cat((documents[which][:cut], make_prompt(3, seed=cut))) for which, cut, _ in cuts]
+    assert_ended_leaves_no_trace(engine, prompts, [blocks for *_, blocks in cuts], sampling)
+
+
+@settings(max_examples=8)
+@given(ends=st.lists(st.integers(0, 12), min_size=2, max_size=3), sampling=SAMPLINGS)
+def test_a_prefill_of_heads_that_is_ended_leaves_no_trace(ends, sampling, head_models):
+    config = SpecExtendConfig.specextend(tree=TreeConfig(8, 4, 0.2), retrieval=RETRIEVAL, prefill_block=16)
+    engine = SpecExtend(head_models, config, prefix_reuse=LIMITS)
+    text = "The committee met in the morning, and the committee met again in the evening. " * 4
+    prompts = [engine.encode(text + "And then?" * place)[20 * place :] for place in range(len(ends))]
+    assert_ended_leaves_no_trace(engine, prompts, ends, sampling)
+
+
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="models of the tests are on the CPU")
+def test_a_captured_engine_whose_prefill_is_ended_goes_on(make_engine, make_model, perturbed, make_prompt, monkeypatch):
+    pytest.importorskip("triton")
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    config = replace(SPECEXTEND, tree=TreeConfig(3, 2, 0.1), prefill_block=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("specextend.engine.why_not_captured", lambda *_: None)
+        engine = make_engine(target, perturbed(target, 0.3), config, prefix_reuse=LIMITS)
+    assert engine.backend == "graphs"
+    prompts = [make_prompt(20, seed) for seed in range(3)]
+    assert_ended_leaves_no_trace(engine, prompts, [1, 4, 3], SamplingConfig())
+
+
+def test_blocks_are_told_as_they_come(engine, make_prompt):
+    engine = engine.with_config(prefill_block=20)
+    on_block, told = ended_after(99)
+    engine.generate(make_prompt(50), 3, on_block=on_block)
+    assert [tokens for part, tokens in told if part == "target"] == [0, 20, 40]
+    assert told[0] == ("target", 0) and {part for part, _ in told[3:]} == {"draft"}
+    on_block, told = ended_after(1)
+    with pytest.raises(Ended):
+        engine.autoregressive(make_prompt(50, seed=1), 3, on_block=on_block)
+    assert told == [("target", 0), ("target", 20)]

@@ -213,7 +213,7 @@ class MarkovTarget:
     def __init__(self, table: Tensor):
         self.table, self.model = table, SimpleNamespace(device=table.device)
 
-    def prefill(self, prompt: Tensor, room: int, known: int = 0) -> Tensor:
+    def prefill(self, prompt: Tensor, room: int, known: int = 0, on_block=None) -> Tensor:
         return self.table[prompt[-1:]]
 
     def verify(self, tree: DraftTree) -> Tensor:
@@ -229,7 +229,7 @@ class FixedDrafter(Drafter):
     def __init__(self, parents: list[int], tokens: list[int]):
         self._tree = DraftTree.from_parents(torch.tensor([START, *tokens]), torch.tensor([-1, *parents]))
 
-    def prefill(self, prompt: Tensor, first: Tensor, room: int, known: int = 0) -> None:
+    def prefill(self, prompt: Tensor, first: Tensor, room: int, known: int = 0, on_block=None) -> None:
         self._root = first
 
     def propose(self, growth: Growth) -> DraftTree:

@@ -6,9 +6,11 @@ import copy
 import gc
 import weakref
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from histories import tokens_read
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -16,12 +18,14 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessor,
+    StaticCache,
     StoppingCriteria,
     TextStreamer,
 )
 from transformers.generation.streamers import BaseStreamer
 
 import specextend
+from eagle.models import load_head
 from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.errors import ConfigError, ModelError
@@ -321,6 +325,197 @@ def test_streamer_gets_what_plain_generate_gives_it(pair, door, make_prompt):
     assert heard[0] == heard[1] and len(heard[0]) == NEW + 2
 
 
+# ---- caches in and out
+
+
+def turns(target, count: int, make_prompt, **options) -> tuple[list[list[int]], DynamicCache]:
+    """A conversation of `count` turns over one cache: the text after each, and the cache."""
+    cache, ids, texts = DynamicCache(config=target.config), make_prompt(40)[None], []
+    for turn in range(count):
+        ids = target.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=9 + turn, pad_token_id=0,
+            do_sample=False, **options,
+        )  # fmt: skip
+        texts.append(ids[0].tolist())
+        ids = torch.cat((ids, make_prompt(5 + turn, seed=turn)[None]), dim=1)
+    return texts, cache
+
+
+@pytest.mark.parametrize("kind", ["gqa", "qwen3", "llama3"])
+def test_a_cache_is_gone_on_with_and_comes_back_as_plain_generates(
+    kind, door, make_model, perturbed, hf_twin, make_prompt
+):
+    target, draft = hf_twin(make_model(kind)), hf_twin(perturbed(make_model(kind), 0.05))
+    texts, cache = turns(target, 4, make_prompt)
+    ours, own = turns(target, 4, make_prompt, custom_generate=door, assistant_model=draft)
+    assert ours == texts and own.get_seq_length() == cache.get_seq_length() == len(texts[-1]) - 1
+    for layer, plain in zip(own.layers, cache.layers, strict=True):
+        torch.testing.assert_close(layer.keys, plain.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, plain.values, rtol=1e-4, atol=1e-4)
+    assert not own.layers[0].keys.is_inference()
+
+
+def test_a_cache_is_not_read_again_and_is_believed(pair, door, make_prompt):
+    target, draft = pair
+    ids, other = make_prompt(60)[None], make_prompt(60, seed=1)[None]
+    engine = door._engine(target, draft, None)
+    read = tokens_read(engine)
+    for text in (ids, other):  # what is in the cache decides, as for plain generate, whatever the ids before say
+        answers = []
+        for options in ({}, {"custom_generate": door, "draft_model": draft}):
+            cache = DynamicCache(config=target.config)
+            target(text[:, :55], past_key_values=cache)
+            request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "pad_token_id": 0}
+            answers.append(target.generate(ids, past_key_values=cache, do_sample=False, **request, **options).tolist())
+        assert answers[0] == answers[1]
+    assert read == [5, 5]
+    plain = target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0, do_sample=False)
+    ours = target.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, pad_token_id=0, do_sample=False,
+        custom_generate=door, draft_model=draft,
+    )  # fmt: skip
+    assert torch.equal(ours, plain), "another's numbers are in no later answer"
+
+
+def test_the_output_object_has_a_cache_to_go_on_with(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(30)[None]
+    request = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False, "return_dict_in_generate": True}
+    ours = {"custom_generate": door, "draft_model": draft}
+    for changes in ({}, {"max_new_tokens": 1}, {"use_cache": False}, {"cache_implementation": "static"}):
+        plain, own = (
+            target.generate(ids, attention_mask=torch.ones_like(ids), **request | changes, **options)
+            for options in ({}, ours)
+        )
+        assert torch.equal(own.sequences, plain.sequences)
+        assert type(own.past_key_values) is type(plain.past_key_values)
+        if plain.past_key_values is not None:
+            assert own.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    first = target.generate(ids, attention_mask=torch.ones_like(ids), **request, **ours)
+    longer = torch.cat((first.sequences, make_prompt(4)[None]), dim=1)
+    options = {"attention_mask": torch.ones_like(longer), **request}
+    again = target.generate(longer, past_key_values=first.past_key_values, **options, **ours)
+    assert torch.equal(again.sequences, target.generate(longer, **options).sequences)
+    assert again.past_key_values is first.past_key_values
+
+
+# ---- batches and padding
+
+
+@pytest.fixture
+def batch(make_prompt):
+    """Four rows of different lengths, padded on the left with token 3, and their mask."""
+    prompts = [make_prompt(length, seed=length) for length in (25, 60, 1, 41)]
+    ids = torch.stack([torch.cat((torch.full((60 - len(one),), 3), one)) for one in prompts])
+    return ids, torch.stack([(torch.arange(60) >= 60 - len(one)).long() for one in prompts])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"eos_token_id": [4, 9, 17, 33, 60, 71, 80]},
+        {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 3},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: [(int(ids[-1]) * 7 + step + batch) % 97 for step in range(9)]},
+        {"max_new_tokens": 1},
+    ],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_rows_of_a_batch_are_plain_generates(options, pair, door, batch):
+    target, draft = pair
+    ids, mask = batch
+    request = {"attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 3, "do_sample": False} | options
+    plain = target.generate(ids, **request)
+    ours = target.generate(ids, custom_generate=door, assistant_model=draft, specextend_config=EAGER_TREE, **request)
+    assert torch.equal(ours, plain)
+    if "eos_token_id" in options:
+        assert len({int((row[60:] != 3).sum()) for row in plain}) > 1, "rows end at different places"
+    one = {name: value[:1] if name == "attention_mask" else value for name, value in request.items()}
+    alone = target.generate(ids[:1], custom_generate=door, assistant_model=draft, **one)
+    assert torch.equal(alone, target.generate(ids[:1], **one)), "a padded row by itself"
+
+
+def test_caches_of_batches_come_and_go(pair, door, batch, make_prompt):
+    target, draft = pair
+    ids, mask = batch
+    texts = []
+    for options in ({}, {"custom_generate": door, "draft_model": draft}):
+        cache, text, ones = DynamicCache(config=target.config), ids, mask
+        for turn in range(3):
+            request = {"max_new_tokens": 7, "pad_token_id": 3, "do_sample": False}
+            text = target.generate(text, attention_mask=ones, past_key_values=cache, **request, **options)
+            assert cache.get_seq_length() == text.shape[1] - 1
+            more = torch.stack([make_prompt(4, seed=row + 10 * turn) for row in range(len(ids))])
+            text = torch.cat((text, more), dim=1)
+            ones = torch.cat((mask, torch.ones(len(ids), text.shape[1] - 60, dtype=torch.long)), dim=1)
+        texts.append(text)
+    assert torch.equal(*texts)
+
+
+def test_several_samples_of_one_prompt_differ_and_are_counted_from_the_seed(pair, door, make_prompt):
+    target, draft = pair
+    ids = make_prompt(30)[None]
+    request = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "pad_token_id": 0, "do_sample": True}
+    ours = {"custom_generate": door, "draft_model": draft}
+    three = target.generate(ids, num_return_sequences=3, seed=7, **request, **ours)
+    alone = [target.generate(ids, seed=7 + row, **request, **ours)[0].tolist() for row in range(3)]
+    assert three.tolist() == alone and len({tuple(row) for row in alone}) == 3
+
+
+# ---- EAGLE heads
+
+
+@pytest.mark.parametrize("kind", ["eagle1", "eagle3"])
+def test_heads_draft_as_objects_and_by_their_path(kind, plain_bundled, bundled_models, door):
+    path = Path(specextend.PRESETS["bundled"].target).parent / kind
+    inputs = bundled_models.tokenizer(PROMPT * 4, return_tensors="pt")
+    request = {"max_new_tokens": 24, "do_sample": False, "custom_generate": door}
+    plain = plain_bundled.generate(**inputs, max_new_tokens=24, do_sample=False)
+    head = load_head(path, plain_bundled)
+    for draft in ({"draft_model": str(path)}, {"draft_model": head}, {"assistant_model": head}):
+        assert torch.equal(plain_bundled.generate(**inputs, **request, **draft), plain)
+    engine = door._engine(plain_bundled, head, None)
+    result = engine.generate(inputs.input_ids[0], 24)
+    assert engine.reads_hidden_states and result.accepted_per_round > 0.5
+    assert door._engine(plain_bundled, head, None) is engine
+
+
+def test_heads_go_on_with_a_cache_of_the_same_text_alone(plain_bundled, bundled_models, door):
+    path = Path(specextend.PRESETS["bundled"].target).parent / "eagle3"
+    ids = bundled_models.tokenizer(PROMPT * 10, return_tensors="pt").input_ids
+    ours = {"custom_generate": door, "assistant_model": load_head(path, plain_bundled)}
+    request = {"max_new_tokens": 16, "do_sample": False}
+    texts = []
+    for options in ({}, ours):
+        cache, text = DynamicCache(config=plain_bundled.config), ids
+        for _ in range(3):
+            text = plain_bundled.generate(text, past_key_values=cache, **request, **options)
+            text = torch.cat((text, ids[:, :3]), dim=1)
+        texts.append(text)
+    assert torch.equal(*texts)
+    strange = []
+    for options in ({}, ours):  # the head knows these tokens, so that nothing of the cache is read again
+        cache = DynamicCache(config=plain_bundled.config)
+        plain_bundled(ids.flip(1)[:, :20], past_key_values=cache)
+        strange.append(plain_bundled.generate(ids, past_key_values=cache, **request, **options))
+    assert torch.equal(*strange)
+    door.close()
+    cache = DynamicCache(config=plain_bundled.config)
+    plain_bundled(ids.flip(1)[:, :20], past_key_values=cache)
+    with pytest.raises(ConfigError, match="past_key_values of another text"):
+        plain_bundled.generate(ids, past_key_values=cache, **request, **ours)
+
+
+def test_a_head_of_another_target_is_refused_in_a_line(pair, plain_bundled, door, make_prompt):
+    path = Path(specextend.PRESETS["bundled"].target).parent / "eagle3"
+    request = {"max_new_tokens": 4, "pad_token_id": 0, "custom_generate": door}
+    for draft in (str(path), load_head(path, plain_bundled)):
+        with pytest.raises(ModelError, match="head") as raised:
+            pair[0].generate(make_prompt(9)[None], draft_model=draft, **request)
+        assert "\n" not in str(raised.value)
+
+
 # ---- the models stay as they are, and the engine with them
 
 
@@ -397,7 +592,6 @@ def test_weights_moved_in_the_twin_stay_where_they_are_in_the_model(make_model, 
     [
         ({"num_beams": 2}, "beam search"),
         ({"num_beams": 2, "do_sample": True}, "beam sample"),
-        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2"),
         ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
         ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
         ({"draft_model": None}, "draft_model is None"),
@@ -410,7 +604,7 @@ def test_weights_moved_in_the_twin_stay_where_they_are_in_the_model(make_model, 
         ({"seed": -1, "do_sample": True}, "seed is -1"),
         ({"position_ids": torch.arange(5, 25)[None]}, "position_ids other than 0, 1, 2"),
         ({"attention_mask": torch.ones(1, 7)}, r"attention_mask of \[1, 7\] beside input_ids of \[1, 20\]"),
-        ({"past_key_values": DynamicCache()}, "past_key_values: it has a cache of its own"),
+        ({"past_key_values": StaticCache}, "a StaticCache as past_key_values: give a DynamicCache"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"num_items_in_batch": 1}, "num_items_in_batch"),
     ],
@@ -420,6 +614,8 @@ def test_other_kinds_of_generation_are_refused_in_a_line(options, message, pair,
     target, draft = pair
     ids = make_prompt(20)[None]
     request = {"max_new_tokens": 4, "pad_token_id": 0, "draft_model": draft, "attention_mask": torch.ones_like(ids)}
+    if options.get("past_key_values") is StaticCache:
+        options = {"past_key_values": StaticCache(config=target.config, max_cache_len=32)}
     with pytest.raises(ConfigError, match=message) as raised:
         target.generate(ids, custom_generate=door, **request | options)
     assert "\n" not in str(raised.value)
@@ -436,19 +632,42 @@ def test_autocast_is_refused_and_usual_positions_are_not(pair, door, make_prompt
         target.generate(ids, custom_generate=door, draft_model=draft, **request)
 
 
-def test_batches_padding_and_filled_caches_are_refused(pair, door, make_prompt):
+def test_what_rows_or_caches_cannot_have_is_refused_in_a_line(pair, door, make_prompt):
+    class Own(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores
+
     target, draft = pair
     ids = make_prompt(20)[None]
+    two, ones = ids.repeat(2, 1), torch.ones(2, 20)
     cache = DynamicCache(config=target.config)
-    target(ids[:, :5], past_key_values=cache)
-    for tensors, message in (
-        ({"inputs": ids.repeat(2, 1), "attention_mask": torch.ones(2, 20)}, "batch of 2"),
-        ({"inputs": ids, "attention_mask": (torch.arange(20) > 2).long()[None]}, "attention_mask with zeros"),
-        ({"inputs": ids, "past_key_values": cache, "attention_mask": torch.ones(1, 20)}, "past_key_values"),
-        ({"inputs": ids, "assistant_model": draft, "attention_mask": torch.ones(1, 20)}, "assisted"),
+    target(ids, past_key_values=cache)
+    detail = {"output_scores": True, "return_dict_in_generate": True}
+    for options, message in (
+        ({"inputs": ids, "attention_mask": (torch.arange(20) < 18).long()[None]}, "zeros behind ones: pad on the left"),
+        ({"inputs": two, "attention_mask": ones * torch.tensor([[1], [0]])}, "a row of padding alone"),
+        ({"inputs": two, "attention_mask": ones, "logits_processor": [Own()]}, "a Own with a batch of 2 rows"),
+        ({"inputs": two, "attention_mask": ones, "stopping_criteria": [Every(3)]}, "a Every with a batch"),
+        ({"inputs": two, "attention_mask": ones, "max_time": 9.0}, "stopping criteria without eos_token_id"),
+        ({"inputs": two, "attention_mask": ones, "streamer": BaseStreamer}, "a streamer with a batch"),
+        ({"inputs": two, "attention_mask": ones} | detail, "output_scores and output_logits with a batch"),
+        ({"inputs": ids, "past_key_values": cache}, "past_key_values of 20 tokens with input_ids of 20"),
+        ({"inputs": two, "attention_mask": ones, "past_key_values": cache}, "past_key_values of 1 rows beside"),
+        ({"inputs": ids, "assistant_model": draft}, "both name a draft"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            target.generate(custom_generate=door, draft_model=draft, max_new_tokens=4, pad_token_id=0, **tensors)
+        if options.get("streamer") is BaseStreamer:
+            options["streamer"] = Silent()
+        with pytest.raises(ConfigError, match=message) as raised:
+            target.generate(custom_generate=door, draft_model=draft, max_new_tokens=4, pad_token_id=0, **options)
+        assert "\n" not in str(raised.value)
+
+
+class Silent(BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
 
 
 def test_models_it_cannot_run_are_refused(pair, door, make_prompt, make_model, hf_twin):

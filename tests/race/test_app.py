@@ -44,6 +44,7 @@ def test_port_that_is_taken_gives_one_line_and_status_2(app):
     "given, message",
     [
         ("-m no-such-model", "no-such-model"),
+        ("--head eagle9", "eagle9"),
         ("--device tpu", "tpu"),
         ("--port many", "many"),
         ("--port 99999", "99999"),

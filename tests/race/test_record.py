@@ -170,3 +170,19 @@ def test_character_split_over_tokens_comes_with_the_token_that_completes_it():
 )
 def test_differs_at_finds_the_first_difference_of_any_lane(outputs, position):
     assert differs_at(outputs) == position
+
+
+def test_race_ends_between_two_blocks_of_a_prefill(engine, prompt):
+    class Stopped(Exception):
+        pass
+
+    track, told = Racetrack(engine.with_config(prefill_block=100)), []
+
+    def stop(progress: Progress) -> None:
+        told.append(progress.tokens)
+        if len(told) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        track.run(prompt, NEW, report=stop)
+    assert told == [None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import replace
 
 import httpx
 import jsonschema
@@ -20,6 +21,7 @@ from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLog
 
 from specextend.config import SamplingConfig  # noqa: E402
 from specextend.data import templates  # noqa: E402
+from specextend.engine import SpecExtend  # noqa: E402
 from specextend.serve import grammar, schema  # noqa: E402
 from specextend.serve.responses_api import ResponsesRequest  # noqa: E402
 
@@ -177,6 +179,18 @@ def test_end_of_text_can_be_put_off(server, bundled_engine):
         return server.post(request(max_tokens=12) | ends | changes).json()["usage"]["completion_tokens"]
 
     assert (tokens(), tokens(min_tokens=5), tokens(ignore_eos=True)) == (1, 6, 12)
+
+
+def test_ends_of_text_are_the_callers_to_say(bundled_engine):
+    """Without a processor: what speculation does is the same."""
+    free = bundled_engine.generate(PROMPT, 24)
+    token = free.token_ids[9]
+    ended = bundled_engine.generate(PROMPT, 24, eos_token_ids=[token])
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(token) + 1] and ended.finish_reason == "eos"
+    models = replace(bundled_engine.models, eos_token_ids=frozenset({token}))
+    endless = SpecExtend(models, bundled_engine.config).generate(PROMPT, 24, eos_token_ids=())
+    assert endless.token_ids == free.token_ids and endless.finish_reason == "length"
+    assert [one.accepted for one in endless.rounds] == [one.accepted for one in free.rounds]
 
 
 # ---- formats

@@ -26,10 +26,13 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 import specextend  # noqa: E402
 from specextend.cli import flags  # noqa: E402
-from specextend.config import SamplingConfig  # noqa: E402
-from specextend.errors import ConfigError  # noqa: E402
+from specextend.config import SamplingConfig, SpecExtendConfig  # noqa: E402
+from specextend.engine import SpecExtend  # noqa: E402
+from specextend.errors import ConfigError, InputError  # noqa: E402
+from specextend.modeling.prefixes import PrefixLimits  # noqa: E402
 from specextend.serve import Settings  # noqa: E402
 from specextend.serve import __main__ as serve_main  # noqa: E402
+from specextend.serve.keys import read_keys  # noqa: E402
 from specextend.serve.settings import check_host  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +205,58 @@ def test_real_engine_serves_the_next_after_many_hang_ups(server, bundled_engine)
         assert wait_for(lambda: not server.worker.busy) < 3
     expected = bundled_engine.generate(PROMPT, 24).text
     assert server.client().completions.create(**request()).choices[0].text == expected
+
+
+def blocks_of_one_token(models, read: list[int], pace: float = 0.03) -> SpecExtend:
+    """An engine that reads a prompt token by token, slowly, and notes how far it is."""
+    engine = SpecExtend(models, SpecExtendConfig.specextend(prefill_block=1), prefix_reuse=PrefixLimits(worth=4))
+    generate = engine.generate
+
+    def slow(*args, on_block, **options):
+        def noted(part: str, tokens: int) -> None:
+            read.append(tokens)
+            time.sleep(pace)
+            on_block(part, tokens)
+
+        return generate(*args, on_block=noted, **options)
+
+    engine.generate = slow
+    return engine
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_hangs_up_during_the_prefill_frees_the_engine_at_the_next_block(
+    stream, bundled_models, bundled_engine
+):
+    read: list[int] = []
+    body = request(prompt=PROMPT * 20, max_tokens=3)
+    with Server(blocks_of_one_token(bundled_models, read)) as server:
+        connection = server.send(body | {"stream": stream})
+        wait_for(lambda: len(read) >= 3)
+        connection.close()
+        assert wait_for(lambda: not server.worker.busy) < 2 and len(read) < 60
+        wait_for(lambda: server.metric("requests_total", status="499") == 1)
+        known, answer = len(read) - 1, server.post(body).json()
+    assert answer["choices"][0]["text"] == bundled_engine.generate(body["prompt"], 3).text
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == known
+
+
+def test_an_answer_has_its_time_with_waiting_and_prefill(bundled_models, scripted):
+    read: list[int] = []
+    with Server(blocks_of_one_token(bundled_models, read), request_timeout_s=0.3) as server:
+        late = server.post(request(prompt=PROMPT * 20))
+        assert late.status_code == 504 and late.json()["error"]["code"] == "request_timeout"
+        wait_for(lambda: not server.worker.busy)
+        assert len(read) < 60 and "after 0.3 s" in late.json()["error"]["message"]
+    server, _ = scripted(pace=0.1, settings={"request_timeout_s": 0.5})
+    running = server.send(request(max_tokens=300))
+    wait_for(lambda: server.worker.busy)
+    waiting = server.post(request(max_tokens=3))  # the one that runs ends first, by its own limit
+    assert waiting.status_code in (200, 504)
+    lines = server.post(request(max_tokens=300, stream=True)).text
+    assert "xxx" in lines and '"code": "request_timeout"' in lines and "[DONE]" not in lines
+    running.close()
+    assert server.post(request(max_tokens=3)).status_code == 200
 
 
 def test_full_queue_is_429_with_retry_after_and_takes_again_later(scripted):
@@ -415,14 +470,57 @@ def test_key_is_asked_of_everything_but_health(scripted):
 
 def test_without_a_key_only_this_machine_is_served():
     for host in ("127.0.0.1", "::1", "localhost", "127.0.0.2"):
-        check_host(host, None)
+        check_host(host, has_key=False)
     for host in ("0.0.0.0", "::", "192.168.1.2", "example.org", ""):
         with pytest.raises(ConfigError, match="no API key is set; give --api_key_file"):
-            check_host(host, None)
-        check_host(host, "key")
+            check_host(host, has_key=False)
+        check_host(host, has_key=True)
     with pytest.raises(ConfigError, match="API key is empty"):
         Settings("x", api_key="")
     assert "secret" not in repr(Settings("x", api_key="secret"))
+
+
+def test_several_keys_are_let_in_and_share_no_prefixes(bundled_models):
+    engine = SpecExtend(bundled_models, prefix_reuse=PrefixLimits(worth=4))
+    body = request(prompt=PROMPT * 8, max_tokens=2)
+    with Server(engine, api_keys={"ada": "k-ada", "bob": "k-bob"}) as server:
+
+        def cached(key: str) -> int:
+            return server.client(key).completions.create(**body).usage.prompt_tokens_details.cached_tokens
+
+        tokens = len(engine.encode(body["prompt"]))
+        assert [cached(key) for key in ("k-ada", "k-ada", "k-bob", "k-ada", "k-bob")] == [
+            0, tokens - 1, 0, tokens - 1, tokens - 1,
+        ]  # fmt: skip
+        for key in ("ada", "k-ad", "k-adab", "k-ada k-bob"):
+            assert server.post(body, headers={"Authorization": f"Bearer {key}"}).status_code == 401
+        assert server.metric("client_tokens_total", client="ada") == 3 * (tokens + 2)
+        assert server.metric("requests_total", status="401") == 4
+
+
+def test_key_files_hold_one_key_per_line(tmp_path):
+    path = tmp_path / "keys"
+    for text, keys in (
+        ("s3cret\n", {"key 1": "s3cret"}),
+        ("# who\nada: a:b=\n\n  k2  \nBob B: k3\n", {"ada": "a:b=", "key 2": "k2", "Bob B": "k3"}),
+    ):
+        path.write_text(text)
+        assert read_keys(path) == keys
+    for text, message in (
+        ("", "holds no key"),
+        ("# k\n", "holds no key"),
+        ("a\nb c\n", "line 2 is neither KEY nor NAME: KEY"),
+        ("ada: x\nada: y\n", "line 2: the name ada is given twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message) as raised:
+            read_keys(path)
+        assert "\n" not in str(raised.value)
+    for keys, message in (({"ada": "é"}, "of ada is empty or has"), ({"a": "x", "b": "x"}, "the same API key")):
+        with pytest.raises(ConfigError, match=message):
+            Settings("x", api_keys=keys)
+    with pytest.raises(ConfigError, match="give one of them"):
+        Settings("x", api_key="a", api_keys={"b": "b"})
 
 
 # ---- models and metrics
