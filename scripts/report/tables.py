@@ -1,6 +1,6 @@
 """Markdown tables from the records under results/: standard and SpecExtend side by side.
 
-    python -m scripts.report.tables                      # writes results/REPORT.md
+    python -m scripts.report.tables                      # writes results/REPORT.md and results/tables/
     python -m scripts.report.tables --html               # and REPORT.html, one file with the figures in it
     python -m scripts.report.tables --readme README.md   # and the headline between the README's results markers
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +43,7 @@ from specextend.cli import flags
 from specextend.errors import InputError
 
 NAIVE = "autoregressive_hf"
+WRITTEN = "Written by `scripts.report.tables` from the files named below; do not edit."
 EVERYTHING = "Every figure: [results/REPORT.md](results/REPORT.md)."
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
@@ -88,13 +89,18 @@ def main() -> None:
     records = read_records(args.results)
     shown = list(headlines(args.results)) or [short_report(records), LEGEND]
     readme = args.readme and filled(args.readme, "\n\n".join([*shown, EVERYTHING]))
-    report = args.results / "REPORT.md"
-    report.write_text(full_report(records, args.results), encoding="utf-8")
-    written = [report]
-    if args.html:
-        written.append(report.with_suffix(".html"))
-        page = html_report(report.read_text(encoding="utf-8"), args.results / "figures")
+    pages = tables_of(records)
+    report = full_report(records, args.results, pages)
+    written = [args.results / "REPORT.md"]
+    written[0].write_text(report, encoding="utf-8")
+    for name, page in pages.items():
+        written.append(args.results / name)
+        written[-1].parent.mkdir(exist_ok=True)
         written[-1].write_text(page, encoding="utf-8")
+    if args.html:
+        everything = "\n".join((report, *pages.values()))
+        written.append(args.results / "REPORT.html")
+        written[-1].write_text(html_report(everything, args.results / "figures"), encoding="utf-8")
     if readme:
         written.append(args.readme)
         args.readme.write_text(readme, encoding="utf-8")
@@ -109,19 +115,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def full_report(records: pd.DataFrame, results: Path) -> str:
-    parts = ["# Results", "Written by `scripts.report.tables` from the files named below; do not edit.", LEGEND]
-    parts += ["## At a glance", short_report(records)]
-    for run, of_run in by(records, RUN):
-        parts.append(f"## {title_of(run)}")
-        for first, rows in by(of_run, ["data", "temperature"]):
-            parts += [f"### {first['data']}, temperature {first['temperature']:g}", side_by_side(rows)]
-            if set(rows["method"]) - set(PAIR):
-                parts += all_methods(rows)
-            parts += tables_beside(rows)
-            sources = ", ".join(f"[{file}]({file})" for file in sorted(rows["file"].unique()))
-            versions = "; ".join(sorted(rows["versions"].unique()))
-            parts.append(f"{samples_of(figures_of(rows))} samples per length, {versions}. Files: {sources}.")
+def tables_of(records: pd.DataFrame) -> dict[str, str]:
+    """A page for every folder of records, by its name under the results: every method, and the paper's beside ours."""
+    pages = {}
+    for folder, of_folder in records.groupby("folder"):
+        parts = [f"# Tables of {folder}", WRITTEN, LEGEND]
+        for run, of_run in by(of_folder, RUN):
+            parts.append(f"## {title_of(run)}")
+            for first, rows in by(of_run, ["data", "temperature"]):
+                parts += [f"### {first['data']}, temperature {first['temperature']:g}", side_by_side(rows)]
+                if set(rows["method"]) - set(PAIR):
+                    parts += all_methods(rows)
+                parts += tables_beside(rows)
+                sources = ", ".join(f"[{file}](../{file})" for file in sorted(rows["file"].unique()))
+                versions = "; ".join(sorted(rows["versions"].unique()))
+                parts.append(f"{samples_of(figures_of(rows))} samples per length, {versions}. Files: {sources}.")
+        name = "all" if folder == "." else str(folder).replace("/", "-")
+        pages[f"tables/{name}.md"] = "\n\n".join(parts) + "\n"
+    return pages
+
+
+def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> str:
+    parts = ["# Results", WRITTEN, LEGEND, "## At a glance", short_report(records)]
+    parts.append(f"Every table: {', '.join(f'[{Path(page).stem}]({page})' for page in pages)}.")
     parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
     for title, name, make in (

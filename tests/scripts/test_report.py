@@ -59,6 +59,11 @@ def unequal(tmp_path) -> Path:
     return tmp_path
 
 
+def pages_of(results: Path) -> str:
+    """The pages of the folders, one after the other."""
+    return "".join(path.read_text() for path in sorted((results / "tables").glob("*.md")))
+
+
 def cells_of(report: str, begin: str) -> list[list[str]]:
     lines = [line for line in report.splitlines() if line.startswith(begin)]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -70,7 +75,7 @@ def test_standard_and_specextend_stand_side_by_side(results, tmp_path, run):
     readme.write_text("before\n<!-- results:begin -->\nstale text\n<!-- results:end -->\nafter\n")
     out, _ = run(tables, "--results", results, "--readme", readme)
     assert len(json.loads(out)["files"]) == 9
-    report = (results / "REPORT.md").read_text()
+    report = pages_of(results)
     assert re.findall(r"^### .*", report, re.M) == [
         f"### {data}, temperature {temperature}" for data in ("govreport", "pg19") for temperature in ("0", "0.8")
     ]
@@ -92,7 +97,7 @@ def test_speeds_of_different_worker_counts_are_never_together(tmp_path, run):
     write_results(tmp_path / "specextend.jsonl", "specextend", 3.0, workers=(2,))
     write_results(tmp_path / "mixed.jsonl", "triforce", 4.0, workers=(2, 1))
     run(tables, "--results", tmp_path)
-    one, mixed, two = (part.splitlines() for part in (tmp_path / "REPORT.md").read_text().split("\n## ")[1:])
+    one, mixed, two = (part.splitlines() for part in pages_of(tmp_path).split("\n## ")[1:])
     assert "workers" not in one[0] and ", 2 workers per host; " in two[0]
     assert ", 1 or 2 workers per host (speeds do not compare); tree" in mixed[0]
     (cells,) = cells_of("\n".join(one), "| 16K | 8,000")
@@ -104,7 +109,7 @@ def test_gaps_are_left_for_what_was_not_measured_and_lengths_are_in_order(tmp_pa
     write_results(tmp_path / "a.jsonl", "specextend", 3.0, lengths=("16K", "512", "4K"))
     write_results(tmp_path / "b.jsonl", "standard", 2.0, lengths=("512",))
     run(tables, "--results", tmp_path)
-    report = (tmp_path / "REPORT.md").read_text()
+    report = pages_of(tmp_path)
     assert "nan" not in report and "(, )" not in report
     assert [row[0] for row in cells_of(report, "| ") if row[-1] == "3/3"] == ["512", "4K", "16K"]
     assert cells_of(report, "| 16K")[0][2:5] == ["", "3.00", ""]
@@ -114,7 +119,7 @@ def test_the_file_is_named_where_two_share_a_method(tmp_path, run):
     write_results(tmp_path / "a.jsonl", "specextend", 3.0)
     write_results(tmp_path / "b.jsonl", "specextend", 2.0)
     run(tables, "--results", tmp_path)
-    assert "specextend (b.jsonl)" in (tmp_path / "REPORT.md").read_text()
+    assert "specextend (b.jsonl)" in pages_of(tmp_path)
 
 
 def test_a_damaged_file_is_named_in_one_line_and_left_out(results, run):
@@ -125,7 +130,7 @@ def test_a_damaged_file_is_named_in_one_line_and_left_out(results, run):
         for module in (tables, goals):
             _, error = run(module, "--results", results)
             assert error.count("\n") == 1 and str(path) in error and "damaged" in error, damage
-    assert "| 3.00 |" in (results / "REPORT.md").read_text()
+    assert "| 3.00 |" in pages_of(results)
     path.write_text("".join(whole) + whole[-1][:50])  # cut off by a kill: the rest counts
     for name in ("needle.json", "bench.json", "summary.json", "analysis.json"):
         (results / "cpu" / name).write_text('{"records": [{"part": "entropy"}], "steps": [{}]}')
@@ -170,7 +175,7 @@ def test_tables_compare_the_prompts_that_both_files_hold(unequal, tmp_path, run)
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
     run(tables, "--results", unequal, "--readme", readme)
-    report = (unequal / "REPORT.md").read_text()
+    report = pages_of(unequal)
     (cells,) = cells_of(report, "| 16K | 16,050 |")
     # prompts 0 and 1: accepted 1.5 and 3.5; 512 tokens in 24 s and 8 s where AR takes 16 s
     assert cells[2:5] == ["1.50", "3.50", "2.33"] and cells[7:13] == ["32.0", "21.3", "64.0", "0.67", "2.00", "3.00"]
