@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scoring.add_argument("--temperature", type=float, default=0.0, help="of the free answer")
     scoring.add_argument("--output_file", type=Path, default=Path("results/cpu/quotations.json"))
     scoring.add_argument("--fresh", action="store_true", help="start over instead of resuming")
-    scoring.set_defaults(run=score)
+    scoring.set_defaults(run=score, use_specextend=True)
     showing = parts.add_parser("table", help="print tables by depth, task and cache")
     showing.add_argument("files", type=Path, nargs="+", help="a .json of `score`, or .jsonl journals of evaluations")
     showing.add_argument("--data_dir", type=Path, help="the prompts that the journals measured")
@@ -184,19 +184,24 @@ class Forced(LogitsProcessor):
     Args:
         prompt_tokens: after them the answer begins.
         answer: [m].
+    Attributes:
+        known: for each token of the answer, whether the target would have said it itself.
     """
 
     def __init__(self, prompt_tokens: int, answer: Tensor):
         self._first, self._answer = prompt_tokens, answer
+        self.known: list[bool] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self._answer[input_ids.shape[1] - self._first]
+        self.known.append(bool(scores[0].argmax() == token))
         forced = torch.full_like(scores, float("-inf"))
-        forced[:, self._answer[input_ids.shape[1] - self._first]] = 0.0
+        forced[:, token] = 0.0
         return forced
 
 
 def measure(engine: SpecExtend, prompt: Prompt, new_tokens: int, sampling: SamplingConfig) -> dict[str, Any]:
-    """Accepted drafts per round with the true answer and with the target's own, and what the latter quotes.
+    """Accepted drafts per round with the true answer and with the target's own, and what the target knows of it.
 
     The round that an answer ends in is left out: it is cut short.
     """
@@ -205,11 +210,13 @@ def measure(engine: SpecExtend, prompt: Prompt, new_tokens: int, sampling: Sampl
     answer = prompt.extra["answer"]
     ids = engine.encode(prompt.text)
     tokens = engine.models.tokenizer(answer, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)
-    forced = engine.generate(ids, len(tokens), processors=[Forced(len(ids), tokens)])
+    forcing = Forced(len(ids), tokens)
+    forced = engine.generate(ids, len(tokens), processors=[forcing])
     free = engine.generate(ids, new_tokens, sampling=sampling)
     return about | {
         FORCED: [one.accepted for one in forced.rounds[:-1]],
         FREE: [one.accepted for one in free.rounds[:-1]],
+        "known": round(sum(forcing.known) / len(tokens), 4),
         "quoted": share(answer, free.text),
         "copied": share(free.text, f"{prompt.text}\n{answer}"),
         "text": free.text[:400],

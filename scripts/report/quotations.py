@@ -23,6 +23,11 @@ from specextend.methods import drafting_of
 
 CACHES = {"full": "full", "streaming": "window", "retrieval": "CMR"}
 FORCED, FREE = "forced", "free"
+SHARES = {
+    "known": "of the true answer's tokens, each given those before it",
+    "quoted": "of the true answer's 4-grams of words, in the target's own",
+    "copied": "of its own answer's 4-grams, in the prompt",
+}
 
 
 def cache_of(config: Mapping[str, Any]) -> str:
@@ -73,7 +78,7 @@ def frame_of_scores(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _row(key: tuple[str, int], cache: str, kind: str, accepted: list[int], about: Mapping[str, Any]) -> dict[str, Any]:
-    shares = {name: about.get(name) for name in ("quoted", "copied")}
+    shares = {name: about.get(name) for name in SHARES}
     return {
         "length": key[0], "sample": key[1], "cache": cache, "answer": kind, "task": about["task"],
         "depth": f"{about['depth']:g}", "accepted": sum(accepted), "rounds": len(accepted), **shares,
@@ -89,14 +94,14 @@ def tables(frame: pd.DataFrame) -> str:
             f"Drafts accepted per round, {length}, {prompts} prompts, answers {kind}:\n\n{_acceptance(rows)}\n\n"
             f"CMR less a window of its size, mean over prompts with a 95 % interval:\n\n{_gains(rows)}".strip()
         )
-    quoted = frame[frame["quoted"].notna()].drop_duplicates(["length", "sample"])
-    if len(quoted):
-        groups = quoted.groupby(["length", "task"], sort=False)[["quoted", "copied"]].mean()
+    asked = frame[frame["quoted"].notna()].drop_duplicates(["length", "sample"])
+    if len(asked):
+        means = asked.groupby(["length", "task"], sort=False)[list(SHARES)].mean()
         lines = {
-            f"{length}, {task}": {"of the true answer": cell(row["quoted"]), "of the text": cell(row["copied"])}
-            for (length, task), row in groups.iterrows()
+            f"{length}, {task}": {name: cell(row[name]) for name in SHARES} for (length, task), row in means.iterrows()
         }
-        parts.append(f"Share of 4-grams of words that are right, answers free:\n\n{lines_of(lines, 'prompts')}")
+        what = "; ".join(f"{name}: {text}" for name, text in SHARES.items())
+        parts.append(f"Share that the target has right ({what}):\n\n{lines_of(lines, 'prompts')}")
     return "\n\n".join(parts)
 
 

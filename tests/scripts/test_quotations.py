@@ -142,7 +142,7 @@ def test_a_forced_answer_is_given_token_for_token_under_every_cache(bundled_engi
         forced = engine.generate(ids, len(answer), processors=[Forced(len(ids), answer)])
         assert forced.token_ids == answer.tolist()
     assert list(found) == ["lookup", "full", "window 4", "CMR 4"]
-    assert len({(one["text"], one["quoted"]) for one in found.values()}) == 1  # lossless: the same answer
+    assert len({(one["text"], one["quoted"], one["known"]) for one in found.values()}) == 1  # lossless: the same answer
     assert all(one[FORCED] and min(one[FORCED]) >= 0 for one in found.values())
     text = tables(frame_of_scores({"length": "1K", "sample": 0, "cache": name} | of for name, of in found.items()))
     assert "answers forced" in text and "| CMR 4 |" in text and "| 4 chunks |" in text
@@ -156,7 +156,7 @@ def test_shares_count_four_words_in_a_row():
 
 
 def row(cache: str, sample: int, accepted: list[int], **about) -> dict:
-    about = {"task": "quote", "depth": 0.5, "quoted": 0.25, "copied": 0.5} | about
+    about = {"task": "quote", "depth": 0.5, "known": 0.75, "quoted": 0.25, "copied": 0.5} | about
     return {"length": "4K", "sample": sample, "cache": cache, FORCED: accepted, FREE: accepted[:1]} | about
 
 
@@ -172,7 +172,7 @@ def test_tables_sum_over_rounds_and_compare_prompt_by_prompt():
         forced.index(f"| {name} |") for name in ("full", "lookup", "window 8", "CMR 8")
     )
     assert "| 8 chunks | +1.50 | +1.00 | +1.25 ± 0.49 | +1.25 ± 0.49 |" in forced
-    assert "| 4K, quote | 0.25 | 0.50 |" in tables(frame_of_scores(records))
+    assert "| 4K, quote | 0.75 | 0.25 | 0.50 |" in tables(frame_of_scores(records))
 
 
 def test_journals_of_evaluations_are_read_by_bucket_and_sample(tmp_path):
@@ -186,7 +186,7 @@ def test_journals_of_evaluations_are_read_by_bucket_and_sample(tmp_path):
     assert (
         frame[["task", "depth", "accepted", "rounds", "answer"]].values.tolist() == [["needle", "0.3", 4, 2, FREE]] * 2
     )
-    assert "answers free" in tables(frame) and "Share of 4-grams" not in tables(frame)
+    assert "answers free" in tables(frame) and "Share that" not in tables(frame)
     with pytest.raises(InputError, match="was measured on other prompts"):
         frame_of_journals([journal], prompts, {})
 
