@@ -18,9 +18,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specextend.config import SpecExtendConfig
+from specextend.config import SpecExtendConfig, override
 from specextend.drafting.small_lm import ClassicDrafter
-from specextend.engine import SpecExtend
+from specextend.engine import SpecExtend, default_config
 from specextend.modeling.attention import NAME
 from specextend.modeling.prefixes import PrefixLimits
 from specextend.models.loading import LoadedModels, load_models
@@ -220,5 +220,6 @@ def bundled_models() -> LoadedModels:
 
 @pytest.fixture(scope="session")
 def bundled_engine(bundled_models) -> SpecExtend:
-    """SpecExtend around the bundled pair, with its own tree for a CPU."""
-    return SpecExtend(bundled_models)
+    """SpecExtend around the bundled pair, with a fixed tree: its rounds do not depend on how fast they run."""
+    tree = {"nodes": 12, "max_depth": 8, "threshold": 0.35, "min_probability": 0.06}
+    return SpecExtend(bundled_models, override(default_config(bundled_models), {"tree": tree}))

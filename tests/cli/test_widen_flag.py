@@ -36,7 +36,9 @@ def loaded(kind: str, *words: str):
     add(parser, widen=True)
     flags.add_method_flags(parser)
     head = ["--head", kind] if kind != "small" else []
-    args: argparse.Namespace = parser.parse_args(["--device", "cpu", *head, "--use_specextend", *words])
+    args: argparse.Namespace = parser.parse_args(
+        ["--device", "cpu", *head, "--use_specextend", "--tree", "paper", *words]
+    )
     models = load(args)
     return uniform_engine(models, [flags.config_from(args, models)], eager=False)
 

@@ -35,7 +35,7 @@ KINDS = {
     "target_mha": ("mha", {"vocab_size": 98}),
     "target_qwen2": ("qwen2", {"vocab_size": 98, "tie_word_embeddings": True}),
 }
-EVAL = ["--method", "standard", "specextend", "-n", "2", "-r", "1", "-max", "12", "--device", "cpu"]
+EVAL = ["--method", "standard", "specextend", "-n", "2", "-r", "1", "-max", "12", "--device", "cpu", "--tree", "paper"]
 
 
 @pytest.fixture(scope="session")
