@@ -209,19 +209,22 @@ class PricedGraphs(GraphBackend):
 
     def _set_costs(self, output: Output) -> None:
         """Time the steps behind a prompt of this length, unless that is known."""
-        context = output.prompt_tokens
+        context, cache = output.prompt_tokens, self._target.cache
+        short = min(SHORT, context)
         known = self._policy.costs if self._policy else None
         if known and context <= LONGER * known.verify_curve.longest:
             return
-        state = [*self._draft.state, self._target.cache.length]
+        # a verification behind the shorter context writes over entries of the prompt
+        overwritten = [part[:, :, short : short + self._slots.verify] for part in (cache.keys, cache.values)]
+        state = [*self._draft.state, cache.length, *overwritten]
         saved = [value.clone() for value in state]
 
         def verification(size: int, length: int) -> float:
-            self._target.cache.length.fill_(min(length, context))
+            cache.length.fill_(length)
             return self._seconds_of(lambda: self._run(f"verify {size}", self._verify_step(size)))
 
         with self._capturing():
-            verify = measure_curve(verification, self._sizes, (min(SHORT, context), context), only=True)
+            verify = measure_curve(verification, self._sizes, (short, context), only=True)
             if known:
                 known.verify_curve = verify
             else:

@@ -107,9 +107,10 @@ def test_a_pause_leaves_no_hole_in_the_drafts_cache(captured, make_model, make_p
 def test_costs_are_measured_once(captured, make_model, make_prompt, monkeypatch):
     monkeypatch.setattr(costs_module, "REPEATS", 1)
     monkeypatch.setattr(priced_module, "REPEATS", 1)
+    monkeypatch.setattr(priced_module, "SHORT", 2)
     model = make_model("gqa", head_dim=32, num_hidden_layers=1)
     engine = captured(model, model, priced(2, 2, draft_cache="full"))
-    first, second = (engine.generate(make_prompt(6), 2) for _ in range(2))
+    first, second = (engine.generate(make_prompt(6), 4) for _ in range(2))
     assert first.capture_s > 0 == second.capture_s
     assert first.token_ids == second.token_ids
     known = backend_of(engine)._policy.costs
