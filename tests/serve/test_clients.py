@@ -49,17 +49,6 @@ def by_async_openai(server: Server) -> list[str]:
     return asyncio.run(ask())
 
 
-def by_litellm(server: Server) -> list[str]:
-    litellm = pytest.importorskip("litellm")
-    to = CHAT | {"model": f"openai/{MODEL}", "api_base": f"{server.url}/v1", "api_key": "none"}
-    streamed = litellm.completion(**to, stream=True)
-    return [
-        litellm.completion(**to).choices[0].message.content,
-        "".join(chunk.choices[0].delta.content or "" for chunk in streamed),
-        *(one.choices[0].message.content for one in litellm.batch_completion(**to | {"messages": [ASKED, ASKED]})),
-    ]
-
-
 def by_langchain(server: Server) -> list[str]:
     langchain = pytest.importorskip("langchain_openai")
     options = {"base_url": f"{server.url}/v1", "api_key": "none", "temperature": 0, "model": MODEL}
@@ -73,13 +62,6 @@ def by_langchain(server: Server) -> list[str]:
     ]
 
 
-def by_llama_index(server: Server) -> list[str]:
-    llama_index = pytest.importorskip("llama_index.llms.openai_like")
-    options = {"model": MODEL, "api_base": f"{server.url}/v1", "api_key": "none", "temperature": 0, "max_tokens": NEW}
-    model = llama_index.OpenAILike(**options, is_chat_model=False)
-    return [model.complete(PROMPT).text, "".join(one.delta or "" for one in model.stream_complete(PROMPT))]
-
-
 def by_llm(server: Server) -> list[str]:
     models = pytest.importorskip("llm.default_plugins.openai_models")
     model = models.Chat(MODEL, model_name=MODEL, api_base=f"{server.url}/v1")
@@ -87,18 +69,6 @@ def by_llm(server: Server) -> list[str]:
     return [
         model.prompt(PROMPT, stream=stream, temperature=0, max_tokens=NEW).text() for stream in (False, True)
     ]  # fmt: skip
-
-
-def by_lm_eval(server: Server) -> list[str]:
-    """Its texts go up to a line's end; as many prompts per request as it is told to send."""
-    module = pytest.importorskip("lm_eval.models.openai_completions")
-    instance = pytest.importorskip("lm_eval.api.instance").Instance
-    model = module.LocalCompletionsAPI(
-        base_url=f"{server.url}/v1/completions", model=MODEL, tokenizer_backend=None, batch_size=2,
-    )  # fmt: skip
-    rules = {"until": ["~~~"], "max_gen_toks": NEW, "temperature": 0}
-    asked = [instance("generate_until", {}, (PROMPT, rules), index) for index in range(2)]
-    return model.generate_until(asked)
 
 
 def by_raw_lines(server: Server) -> list[str]:
@@ -112,11 +82,8 @@ def by_raw_lines(server: Server) -> list[str]:
 
 @pytest.mark.parametrize(
     "ask",
-    [
-        by_openai, by_openai_streams, by_async_openai, by_litellm, by_langchain, by_llama_index, by_llm, by_lm_eval,
-        by_raw_lines,
-    ],
-)  # fmt: skip
+    [by_openai, by_openai_streams, by_async_openai, by_langchain, by_llm, by_raw_lines],
+)
 def test_client_gets_the_librarys_answer(ask: Callable[[Server], list[str]], server, bundled_engine):
     expected = bundled_engine.generate(PROMPT, NEW).text
     answers = ask(server)
