@@ -33,11 +33,10 @@ from scripts.analysis.store import Store, model_setting, positive, source_name
 from scripts.report.quotations import FORCED, FREE, cache_of, frame_of_journals, frame_of_scores, tables
 from specextend import SpecExtend
 from specextend.cli import commands, flags
-from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig
+from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data.cutting import SameDocuments, load_cutter, load_limit
 from specextend.data.prepare import DEFAULT_ROOM, check_writable, prompt_documents, write_records
 from specextend.data.prompts import Prompt, length_label, parse_length
-from specextend.engine import default_tree
 from specextend.errors import InputError
 from specextend.evaluation.plan import read_buckets
 from specextend.methods import METHODS
@@ -109,7 +108,7 @@ def score(args: argparse.Namespace) -> None:
         for prompt in prompts:
             require_reference(prompt)
     models = load(args)
-    base = SpecExtend(models, METHODS["fa_hta"].config(default_tree(models), models.preset.retrieval), eager=args.eager)
+    base = SpecExtend(models, METHODS["fa_hta"].config(TreeConfig(), models.preset.retrieval), eager=args.eager)
     setting = model_setting(base) | {
         "data": source_name(args.data_dir), "new_tokens": args.max_gen_len, "temperature": args.temperature,
         "tree": f"{base.config.tree.nodes} nodes, depth {base.config.tree.max_depth}",
@@ -167,7 +166,7 @@ def load(args: argparse.Namespace) -> LoadedModels:
 
 def settings(models: LoadedModels, chunks: list[int]) -> Iterator[tuple[str, SpecExtendConfig]]:
     """Who drafts, by the name of its cache: nobody's model, the full cache, a window and retrieval of each size."""
-    tree = default_tree(models)
+    tree = TreeConfig()
     for method, size in [
         ("prompt_lookup", None), ("fa_hta", None),
         *((method, size) for size in chunks for method in ("fa_hta_streaming", "specextend")),

@@ -18,7 +18,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from rich.console import Console
 
-from specextend.config import SamplingConfig
+from specextend.config import SamplingConfig, SpecExtendConfig
 from specextend.data.prompts import Prompt
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError, WorkerError
@@ -66,7 +66,7 @@ class Engines:
                     raise ValueError("there is something\nwrong with this prompt")
                 return super().generate(*args, **options)
 
-        self._engine = Engine(models)
+        self._engine = Engine(models, SpecExtendConfig.specextend())  # rounds that do not depend on clocks
 
     def __call__(self, method):
         return self._engine
