@@ -16,6 +16,7 @@ from specextend.config import RetrievalConfig, SpecExtendConfig, TreeConfig, ove
 from specextend.data.templates import encode_chat, format_chat
 from specextend.decoding.html import spans_by_origin
 from specextend.decoding.output import Generation, Round
+from specextend.engine import default_config
 from specextend.errors import ConfigError, InputError
 
 TREE = TreeConfig(12, 4, 0.1)
@@ -43,7 +44,9 @@ def test_settings_by_name_change_only_what_they_name():
 
 def test_from_pretrained_takes_settings_over_the_default(bundled_engine):
     engine = SpecExtend.from_pretrained("bundled", device="cpu", tree={"nodes": 5}, draft_window=64)
-    assert engine.config == override(bundled_engine.config, {"tree": {"nodes": 5}, "draft_window": 64})
+    default = default_config(bundled_engine.models)
+    assert default.tree == TreeConfig.priced() and engine.config.tree == TreeConfig(5)
+    assert engine.config == override(default, {"tree": {"nodes": 5}, "draft_window": 64})
     changed = SpecExtend.from_pretrained("bundled", config=SPECEXTEND, device="cpu", tree={"nodes": 5})
     assert changed.config == override(SPECEXTEND, {"tree": {"nodes": 5}})
 

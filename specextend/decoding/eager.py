@@ -127,7 +127,10 @@ class EagerBackend:
     # --- what its steps cost ---
 
     def _measured_verification(self) -> Curve | None:
-        """Seconds of verifications behind a prompt of this length; None if they are known. The cache is empty yet."""
+        """Seconds of verifications behind a prompt of this length; None if they are known. The prompt is not read yet.
+
+        What the cache holds of earlier prompts stays.
+        """
         context, known = self._output.prompt_tokens, isinstance(self._policy, PricedTree)
         if known and context <= LONGER * self._policy.costs.verify_curve.longest:
             return None
@@ -139,8 +142,15 @@ class EagerBackend:
             return self._seconds_of(lambda: self._target.verify(tree))
 
         with self._output.setting_up():
-            cache.reset(context + max(slots))
-            return measure_curve(run, slots, (min(SHORT, context), context))
+            cache.require(context + max(slots))
+            short, length = min(SHORT, context), cache.length
+            overwritten = [cache.buffer[..., start : start + max(slots), :] for start in (short, context)]
+            kept = [part.clone() for part in overwritten]
+            curve = measure_curve(run, slots, (short, context))
+            for part, before in zip(overwritten, kept, strict=True):
+                part.copy_(before)
+            cache.length = length
+            return curve
 
     def _set_costs(self, verify: Curve) -> None:
         """Let the policy know them, and those of drafting behind the prompt that was just read."""
