@@ -27,6 +27,7 @@ GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
 FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
 MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without speculation until it is tried again
+SETTLED = 16  # rounds of speculation after which the next pause is a short one again
 INTEREST = 0.015  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
 MOST_CREDIT = 4.0  # tokens that speculating has gained and that later trials may lose
 MOST_DEBT = 3.0  # tokens that it may have lost, whatever it promises, before it pauses
@@ -119,7 +120,8 @@ class PricedTree:
         self.calibration = Calibration()
         self._tokens = self._seconds = 0.0
         self._gain, self._tried = FIRST_GAIN, FIRST_ROUNDS
-        self._wait, self._balance = 0, 0.0  # tokens that speculating has gained, or lost
+        self._wait, self._pause, self._speculated = 0, FIRST_PAUSE, 0
+        self._balance = 0.0  # tokens that speculating has gained, or lost
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
 
     @property
@@ -188,12 +190,15 @@ class PricedTree:
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
         gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
-        self._tried = min(self._tried + 1, GAIN_ROUNDS)
+        self._tried, self._speculated = min(self._tried + 1, GAIN_ROUNDS), self._speculated + 1
+        if self._speculated == SETTLED:
+            self._pause = FIRST_PAUSE
         self._gain += (gain - self._gain) / self._tried
         if self._gain <= 0 or self._balance < -MOST_DEBT:
-            # until what was lost is a small share of all
-            self._wait = min(max(FIRST_PAUSE, math.ceil(-self._balance / INTEREST)), LONGEST_PAUSE)
-            self._gain, self._tried = 0.0, 0  # the next round of speculation decides
+            # soon again at first, for a text begins as it does not go on; then when the debt is paid
+            owed = math.ceil((-MOST_DEBT - self._balance) / INTEREST)
+            self._wait, self._pause = min(max(self._pause, owed), LONGEST_PAUSE), 2 * self._pause
+            self._gain, self._tried, self._speculated = 0.0, 0, 0  # the next round of speculation decides
             self.calibration.fade(self._wait)
 
     def _learn_shape(self, depth, reach, levels: int, rows: int) -> None:
