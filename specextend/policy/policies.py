@@ -28,6 +28,7 @@ FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believ
 MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without speculation until it is tried again
 SETTLED = 16  # rounds of speculation after which the next pause is a short one again
+TRIAL, TRIAL_SHARE = 3, 0.35  # first rounds of speculation, and what of a plain round draft and slots may each cost
 INTEREST = 0.015  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
 MOST_CREDIT = 4.0  # tokens that speculating has gained and that later trials may lose
 MOST_DEBT = 3.0  # tokens that it may have lost, whatever it promises, before it pauses
@@ -113,7 +114,8 @@ class PricedTree:
     """
 
     def __init__(self, config: TreeConfig, costs: Costs, refresh_every: int):
-        self._config, self.costs, self._refresh_every = config, costs, refresh_every
+        self._bounds = config.nodes, config.max_depth
+        self.costs, self._refresh_every = costs, refresh_every
         self.begin()
 
     def begin(self) -> None:
@@ -134,13 +136,22 @@ class PricedTree:
             self._wait -= 1
             return None
         self._set_price(context)
-        nodes, verify = self._config.nodes, self.costs.verify(self._config.nodes + 1, context)
+        nodes = self._bounds[0]
+        verify = self.costs.verify(nodes + 1, context)
         slot = float(np.min((verify[1:] - verify[0]) / np.arange(1, nodes + 1)))  # the cheapest way to one more
         level = self.costs.level + self.costs.row * self._rows
+        nodes, depth = self._bounds_of_trial(verify, level, context) if self._speculated < TRIAL else self._bounds
         return Growth(
-            nodes, self._config.max_depth, threshold=self._price * level / self._share,
+            nodes, depth, threshold=self._price * level / self._share,
             floor=min(max(self._price * slot, 0.0), 0.99), calibration=self.calibration,
         )  # fmt: skip
+
+    def _bounds_of_trial(self, verify: NDArray[np.float64], level: float, context: int) -> tuple[int, int]:
+        """Nodes and levels of a tree that costs little, for rounds of which nobody knows what they are worth."""
+        may_cost = TRIAL_SHARE * self.costs.plain(context)
+        nodes = int(np.searchsorted(verify - verify[0], may_cost, side="right")) - 1
+        most_nodes, most_levels = self._bounds
+        return min(max(nodes, 1), most_nodes), min(1 + int(may_cost / level), most_levels)
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
         return tree.most_probable(self.size(tree.reach[1:].double().cpu().numpy(), context))
