@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -55,6 +57,17 @@ class Backend(Protocol):
         """Nodes drafted, and the round's tokens, the bonus token last; the one time that the host waits."""
 
 
+@contextmanager
+def unchanged(*values: Tensor) -> Iterator[None]:
+    """What is inside leaves `values` as they were, however it ends."""
+    saved = [value.clone() for value in values]
+    try:
+        yield
+    finally:
+        for value, before in zip(values, saved, strict=True):
+            value.copy_(before)
+
+
 def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse) -> Tensor:
     """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token [].
 
@@ -77,9 +90,8 @@ def _read(
     except (CapacityError, torch.OutOfMemoryError):
         if not prefixes.make_room() and not known.target:
             raise
-        known = reading.done = known._replace(
-            target=0
-        )  # a cache that keeps nothing is freed before a larger one is made
+        # a cache that keeps nothing is freed before a larger one is made
+        known = reading.done = known._replace(target=0)
         logits = target.prefill(output.prompt, extra_slots, on_block=reading.of("target"))
     reading.done = known._replace(target=output.prompt_tokens)
     first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]

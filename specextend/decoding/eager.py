@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specextend.config import SpecExtendConfig
-from specextend.decoding.backend import Reservation, read_prompt
+from specextend.decoding.backend import Reservation, read_prompt, unchanged
 from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter, TreeDrafter
@@ -141,16 +141,11 @@ class EagerBackend:
             tree = DraftTree.chain(torch.zeros(rows, dtype=torch.long, device=self.device))
             return self._seconds_of(lambda: self._target.verify(tree))
 
-        with self._output.setting_up():
+        with self._output.setting_up(), cache.provisional():
             cache.require(context + max(slots))
-            short, length = min(SHORT, context), cache.length
-            overwritten = [cache.buffer[..., start : start + max(slots), :] for start in (short, context)]
-            kept = [part.clone() for part in overwritten]
-            curve = measure_curve(run, slots, (short, context))
-            for part, before in zip(overwritten, kept, strict=True):
-                part.copy_(before)
-            cache.length = length
-            return curve
+            contexts = min(SHORT, context), context
+            with unchanged(*(cache.buffer[..., start : start + max(slots), :] for start in contexts)):
+                return measure_curve(run, slots, contexts)
 
     def _set_costs(self, verify: Curve) -> None:
         """Let the policy know them, and those of drafting behind the prompt that was just read."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specextend.config import SpecExtendConfig
-from specextend.decoding.backend import Reservation, read_prompt
+from specextend.decoding.backend import Reservation, read_prompt, unchanged
 from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.captured import CapturedDraft, Run, Step, span_for
@@ -101,7 +101,7 @@ class GraphBackend:
 
     def steps(self) -> CapturedSteps:
         """The steps as the last generation left them."""
-        return CapturedSteps(self._graphs, [*self._draft.state, self._target.cache.length])
+        return CapturedSteps(self._graphs, self._state)
 
     # --- what they capture ---
 
@@ -143,6 +143,11 @@ class GraphBackend:
         self._draft.begin(first)
 
     @property
+    def _state(self) -> list[Tensor]:
+        """What a round changes besides keys and values that nobody attends to yet."""
+        return [*self._draft.state, self._target.cache.length]
+
+    @property
     def _is_current(self) -> bool:
         return self._target.cache.is_current and self._draft.is_current
 
@@ -175,8 +180,6 @@ class GraphBackend:
         self._graphs = {}
         if self.device.type != "cuda":
             return
-        state = [*self._draft.state, self._target.cache.length]
-        saved = [value.clone() for value in state]
         pool = torch.cuda.graph_pool_handle()  # the steps run one after the other and share their memory
 
         def run(name: str, step: Step) -> None:
@@ -190,9 +193,8 @@ class GraphBackend:
 
         with self._capturing():
             for handle in (run, capture):
-                self._each_step(handle)
-                for value, old in zip(state, saved, strict=True):
-                    value.copy_(old)
+                with unchanged(*self._state):
+                    self._each_step(handle)
 
     def _each_step(self, handle: Run) -> None:
         """Let `handle` have every step that a round may need."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specextend.decoding.backend import unchanged
 from specextend.decoding.graphs import GraphBackend, tree_of
 from specextend.decoding.output import Output
 from specextend.drafting.captured import Run, Step, TreeDraft
@@ -216,22 +217,18 @@ class PricedGraphs(GraphBackend):
             return
         # a verification behind the shorter context writes over entries of the prompt
         overwritten = [part[:, :, short : short + self._slots.verify] for part in (cache.keys, cache.values)]
-        state = [*self._draft.state, cache.length, *overwritten]
-        saved = [value.clone() for value in state]
 
         def verification(size: int, length: int) -> float:
             cache.length.fill_(length)
             return self._seconds_of(lambda: self._run(f"verify {size}", self._verify_step(size)))
 
-        with self._capturing():
+        with self._capturing(), unchanged(*self._state, *overwritten):
             verify = measure_curve(verification, self._sizes, (short, context), only=True)
             if known:
                 known.verify_curve = verify
             else:
                 costs = Costs(verify, self._drafting_seconds())
                 self._policy = PricedTree(self._config.tree, costs, self._config.retrieval.every_n_steps)
-            for value, old in zip(state, saved, strict=True):
-                value.copy_(old)
 
     def _drafting_seconds(self) -> NDArray[np.float64]:
         """Seconds of reading the newest tokens, of a level, and of each of its rows; levels are of one size here."""

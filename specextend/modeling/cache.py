@@ -7,7 +7,7 @@ cache gathered from it ("Cross-model Retrieval").
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from weakref import WeakSet
 
 import torch
@@ -112,6 +112,15 @@ class KVCache:
             kept = self._buffer[..., self.length + path, :]
             self._buffer[..., self.length : self.length + len(path), :] = kept
         self.length += len(path)
+
+    @contextmanager
+    def provisional(self) -> Iterator[None]:
+        """What is committed inside is forgotten at the end."""
+        length = self.length
+        try:
+            yield
+        finally:
+            self.length = length
 
     def gather(self, positions: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values at `positions` [m], each [L, 1, H_kv, m, D]."""
@@ -219,11 +228,11 @@ class DraftCache:
     @contextmanager
     def provisional(self) -> Iterator[None]:
         """What is committed inside is forgotten at the end."""
-        caches = [cache for cache in (self.working, self.full) if cache is not None]
-        lengths = [cache.length for cache in caches]
-        yield
-        for cache, length in zip(caches, lengths, strict=True):
-            cache.length = length
+        with ExitStack() as stack:
+            for cache in (self.working, self.full):
+                if cache is not None:
+                    stack.enter_context(cache.provisional())
+            yield
 
     def refresh(self, positions: Tensor) -> None:
         """Fill the working cache with the tokens at `positions` [m], ascending, renumbered 0..m-1."""

@@ -256,6 +256,25 @@ def test_costs_are_measured_once_and_stand_in_no_figure(make_model, make_engine,
     assert engine.generate(make_prompt(400), 4).capture_s > 0  # much longer than what was measured
 
 
+def test_timing_that_is_interrupted_leaves_what_the_cache_holds(make_model, make_engine, make_prompt, monkeypatch):
+    config = SpecExtendConfig.specextend(tree=TreeConfig(8, 3, 0.0, rule="price"))
+    target = make_model("gqa")
+    engine, fresh = (make_engine(target, target, config) for _ in range(2))
+    prompt = make_prompt(460)
+    engine.generate(prompt[:300], 4)
+
+    def interrupted(run, rows, contexts):
+        run(rows[-1], contexts[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specextend.decoding.eager.measure_curve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompt, 4)
+    found = engine.generate(prompt, 20)
+    assert found.cached_tokens >= 300 and found.token_ids == fresh.generate(prompt, 20).token_ids
+
+
 def test_price_and_bounds_are_not_mixed():
     with pytest.raises(ConfigError, match="leave it out"):
         TreeConfig(threshold=0.3, rule="price")
