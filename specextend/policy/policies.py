@@ -151,7 +151,8 @@ class PricedTree:
         may_cost = TRIAL_SHARE * self.costs.plain(context)
         nodes = int(np.searchsorted(verify - verify[0], may_cost, side="right")) - 1
         most_nodes, most_levels = self._bounds
-        return min(max(nodes, 1), most_nodes), min(1 + int(may_cost / level), most_levels)
+        levels = 1 + int(may_cost / level) if level * most_levels > may_cost else most_levels  # a level may cost nothing
+        return min(max(nodes, 1), most_nodes), min(levels, most_levels)
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
         return tree.most_probable(self.size(tree.reach[1:].double().cpu().numpy(), context))
@@ -208,7 +209,7 @@ class PricedTree:
         if self._gain <= 0 or self._balance < -MOST_DEBT:
             # soon again at first, for a text begins as it does not go on; then when the debt is paid
             owed = math.ceil((-MOST_DEBT - self._balance) / INTEREST)
-            self._wait, self._pause = min(max(self._pause, owed), LONGEST_PAUSE), 2 * self._pause
+            self._wait, self._pause = min(max(self._pause, owed), LONGEST_PAUSE), min(2 * self._pause, LONGEST_PAUSE)
             self._gain, self._tried, self._speculated = 0.0, 0, 0  # the next round of speculation decides
             self.calibration.fade(self._wait)
 

@@ -129,6 +129,15 @@ def test_dear_levels_need_more_gain_than_cheap_ones():
     assert dear.plan(100).threshold > 5 * cheap.plan(100).threshold > 0
 
 
+def test_levels_that_seem_to_cost_nothing_are_all_drafted():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8, draft=np.array([0.2, 1e-4, 0.0]) * MS), refresh_every=4)
+    took = {"verify": 4 * MS, "draft": 0.0, "accept": 0.0, "host": 0.0}  # by the clocks of noisy rounds
+    for levels in (1, 5):
+        policy.costs.learn(took | {"draft": MS / levels}, (1,) * levels, slots=1, context=100)
+    assert policy.costs.level == 0
+    assert policy.plan(100).max_depth == CONFIG.max_depth
+
+
 def rounds(policy: PricedTree, accepts: bool, count: int) -> list[bool]:
     """Whether each of `count` rounds speculated; the draft is sure of four children in a row, and wrong or right."""
     chain = DraftTree.chain(torch.arange(5))
