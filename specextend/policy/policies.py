@@ -151,8 +151,9 @@ class PricedTree:
         may_cost = TRIAL_SHARE * self.costs.plain(context)
         nodes = int(np.searchsorted(verify - verify[0], may_cost, side="right")) - 1
         most_nodes, most_levels = self._bounds
-        levels = 1 + int(may_cost / level) if level * most_levels > may_cost else most_levels  # a level may cost nothing
-        return min(max(nodes, 1), most_nodes), min(levels, most_levels)
+        if level * most_levels > may_cost:  # a level may seem to cost nothing
+            most_levels = 1 + int(may_cost / level)
+        return min(max(nodes, 1), most_nodes), most_levels
 
     def cut(self, tree: DraftTree, context: int) -> DraftTree:
         return tree.most_probable(self.size(tree.reach[1:].double().cpu().numpy(), context))
