@@ -74,8 +74,8 @@ class EagleDrafter(TreeDrafter):
         # a round's pairs come with the next one's tree; keys and values follow from a pair alone, whenever it came
         if not emitted:
             return prompt_tokens - 1
-        behind = max(len(self._tokens) - emitted[-1], self.waiting - emitted[-1], 0)  # of rounds that did not speculate
-        return prompt_tokens + sum(emitted[:-1]) - behind
+        unread = max(len(self._tokens), self.waiting, emitted[-1])  # more than a round's where some did not speculate
+        return prompt_tokens + sum(emitted) - unread
 
     def prefill(
         self, prompt: Tensor, first: Tensor, extra_slots: int, known: int = 0, on_block: OnBlock | None = None

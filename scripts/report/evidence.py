@@ -24,8 +24,9 @@ from scripts.report.markdown import lines_of
 from scripts.report.records import attempt, place_of
 from scripts.report.style import LAYOUT, save
 from specextend.cli import flags
+from specextend.data.prompts import nominal_tokens
 from specextend.errors import ConfigError, InputError
-from specextend.evaluation.panel import Panel, nominal_tokens
+from specextend.evaluation.panel import Panel
 from specextend.evaluation.panel_figures import ENOUGH, POOLED, figures_of, paired_ratio, pooled, read_panels
 
 Row = dict[str, Any]

@@ -108,6 +108,11 @@ def parse_length(label: str) -> int:
     return tokens
 
 
+def nominal_tokens(label: str) -> float:
+    """By which lengths are put in order, "all" last."""
+    return math.inf if label == ALL_LENGTHS else parse_length(label)
+
+
 def normal_label(label: str) -> str:
     """The label of whatever way a length is written: "1k", "1K" and "1024" are "1K"; "all" stays."""
     return label if label == ALL_LENGTHS else length_label(parse_length(label))

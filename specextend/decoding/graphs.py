@@ -7,6 +7,7 @@ is the eager backend's; the prefill, of which there is one per prompt, is the sa
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class GraphBackend:
         self._slots, self._dense = config.slots, not config.hybrid_tree_attention
         self._draft: CapturedDraft | None = None
         self._graphs: dict[str, Step] = {}
+        self._logits: dict[int, Tensor] = {}  # of the last verification, by its slots
 
     # --- the steps of a round ---
 
@@ -79,19 +81,21 @@ class GraphBackend:
             self._output.observer.drafted(tree_of(self._draft.nodes))
 
     def verify(self) -> None:
-        self._run("verify", self._verify)
+        nodes = self._judged
+        self._run(self._named("verify"), partial(self._verify, nodes))
         # outside of the graph: one graph serves all temperatures, and processors may look at the host
-        self._chosen.copy_(self._output.choose(self._logits, self._draft.nodes, self._output.new_tokens))
+        logits = self._logits[nodes.slots]
+        self._chosen[: nodes.slots].copy_(self._output.choose(logits, nodes, self._output.new_tokens))
         if self._output.observer:
-            nodes = self._draft.nodes
-            self._output.observer.verified(tree_of(nodes), self._logits[nodes.used.bool()].clone())
+            self._output.observer.verified(tree_of(nodes), logits[nodes.used.bool()].clone())
 
     def accept(self) -> None:
-        self._run("accept", self._accept)
+        nodes = self._judged
+        self._run(self._named("accept"), partial(self._accept, nodes))
         if self._output.observer:
-            nodes = self._draft.nodes
             places = torch.cumsum(nodes.used.long(), 0) - 1
-            self._output.observer.accepted(places[nodes.path[: int(nodes.count)]])
+            path = nodes.path[: int(nodes.count)] if nodes.slots > 1 else nodes.path[:1]
+            self._output.observer.accepted(places[path])
 
     def read(self) -> tuple[int, list[int]]:
         if self.device.type == "cuda":
@@ -103,6 +107,15 @@ class GraphBackend:
         """The steps as the last generation left them."""
         return CapturedSteps(self._graphs, self._state)
 
+    @property
+    def _judged(self) -> TreeNodes:
+        """The tree of this round."""
+        return self._draft.nodes
+
+    def _named(self, step: str) -> str:
+        """The step that this round needs, where there are several of its kind."""
+        return step
+
     # --- what they capture ---
 
     def _refresh(self) -> None:
@@ -110,12 +123,12 @@ class GraphBackend:
         self._kept = select_positions(row, *self._draft.context(), self._retriever.config)
         self._draft.refresh(*self._kept)
 
-    def _verify(self) -> None:
-        self._logits = self._target.verify(self._draft.nodes)
+    def _verify(self, nodes: TreeNodes) -> None:
+        self._logits[nodes.slots] = self._target.verify(nodes)
 
-    def _accept(self) -> None:
-        nodes, cache = self._draft.nodes, self._target.cache
-        nodes.accept(self._chosen, cache.length)
+    def _accept(self, nodes: TreeNodes) -> None:
+        cache = self._target.cache
+        nodes.accept(self._chosen[: nodes.slots], cache.length)
         nodes.compact(cache.keys, cache.values)
         self._draft.follow(self._target)
         self._report.copy_(nodes.report, non_blocking=True)
@@ -201,8 +214,11 @@ class GraphBackend:
         if self._retriever.is_due(0, 0):  # a draft that keeps everything is never refreshed
             handle("refresh", self._refresh)
         self._draft.draft(handle, every_level=True)
-        handle("verify", self._verify)
-        handle("accept", self._accept)
+        self._each_verdict(handle)
+
+    def _each_verdict(self, handle: Run) -> None:
+        handle("verify", partial(self._verify, self._draft.nodes))
+        handle("accept", partial(self._accept, self._draft.nodes))
 
     def _run(self, name: str, step: Step) -> None:
         """Replay a step; run it as it is where nothing is captured."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class PricedGraphs(GraphBackend):
         self._set_costs(output)
         self._policy.begin()
         self._next: Growth | None = self._policy.plan(output.context)
-        self._learnable: tuple[Drafted | None, int, int] | None = None  # of the last round: tree, levels, slots
+        self._learnable: tuple[Drafted | None, list[int], int] | None = None  # of the last round, see `Policy.learn`
         self._unread = 1  # tokens that were emitted and that the draft has not read
         self._working = self._slots.working or 0  # slots of the working cache that may be taken: it waits for a refresh
         self._speculated = 0  # rounds that did
@@ -72,7 +73,7 @@ class PricedGraphs(GraphBackend):
             if self._must_absorb:
                 self._run("absorb", self._draft.absorb)
                 self._read_by_draft(self._unread - 1)
-            self._size, self._drafted = 1, None
+            self._size, self._drafted, self._passes = 1, None, []
         else:
             self._speculated += 1
             self._put_bounds(self._growth)
@@ -80,30 +81,17 @@ class PricedGraphs(GraphBackend):
             self._read_by_draft(self._unread)
             self._sheet.copy_(self._tree.sheet, non_blocking=True)
             self._synchronise()
-            self._drafted, self._levels = self._read_sheet(), int(self._sheet[0])
+            self._drafted, levels = self._read_sheet(), int(self._sheet[0])
+            self._passes = [self._tree.width] * max(levels - 1, 0)
             reach, context = self._drafted.reach[1:], self._output.context
             self._size = max(self._policy.costs.size(self._policy.size(reach, context) + 1, context), self._sizes[1])
         if self._output.observer:
-            self._run(f"tree {self._size}", self._finish(self._size))
-            self._output.observer.drafted(tree_of(self._parts[self._size]))
+            self._finish(self._judged)
+            self._output.observer.drafted(tree_of(self._judged))
 
     def verify(self) -> None:
-        size, output = self._size, self._output
-        self._run(f"verify {size}", self._verify_step(size))
-        nodes = self._parts[size]
-        self._chosen[:size] = output.choose(self._logits_of[size], nodes, output.new_tokens)
-        if output.observer:
-            output.observer.verified(tree_of(nodes), self._logits_of[size][nodes.used.bool()].clone())
+        super().verify()
         self._think()
-
-    def accept(self) -> None:
-        size = self._size
-        self._run(f"accept {size}", self._accept_step(size))
-        if self._output.observer:
-            nodes = self._parts[size]
-            places = torch.cumsum(nodes.used.long(), 0) - 1
-            path = nodes.path[: int(nodes.count)] if size > 1 else nodes.path[:1].zero_()
-            self._output.observer.accepted(places[path])
 
     def read(self) -> tuple[int, list[int]]:
         drafted, emitted = super().read()
@@ -119,11 +107,10 @@ class PricedGraphs(GraphBackend):
         """Learn from the last round, and decide on the next; the device is busy with this one."""
         output = self._output
         if self._learnable is not None:
-            drafted, levels, size = self._learnable
+            drafted, passes, size = self._learnable
             last = output.rounds[-1]
-            passes = [self._tree.width] * max(levels - 1, 0)
             self._policy.learn(drafted, passes, size, last.tokens, last.seconds, output.context - len(last.tokens))
-        self._learnable = self._drafted, self._levels if self._drafted else 0, self._size
+        self._learnable = self._drafted, self._passes, self._size
         self._next = self._policy.plan(output.context)
 
     def _put_bounds(self, growth: Growth) -> None:
@@ -162,49 +149,39 @@ class PricedGraphs(GraphBackend):
         self._parts = {size: TreeNodes(size, 0, self.device, verdict=tree) for size in self._sizes}
         alone = self._parts[1]
         alone.parents.fill_(-1), alone.used.fill_(1), alone.ancestor_bits.fill_(1)
-        self._logits_of: dict[int, Tensor] = {}
         self._sheet = torch.zeros(len(tree.sheet), pin_memory=cuda)
         self._bounds = torch.zeros(len(tree.bounds), pin_memory=cuda)
 
-    def _each_step(self, handle: Run) -> None:
-        if self._retriever.is_due(0, 0):
-            handle("refresh", self._refresh)
-        self._draft.draft(handle, every_level=True)
-        for size in self._sizes:
-            handle(f"tree {size}", self._finish(size))
-            handle(f"verify {size}", self._verify_step(size))
-            handle(f"accept {size}", self._accept_step(size))
+    @property
+    def _judged(self) -> TreeNodes:
+        return self._parts[self._size]
+
+    def _named(self, step: str) -> str:
+        return f"{step} {self._size}"
+
+    def _each_verdict(self, handle: Run) -> None:
+        for size, nodes in self._parts.items():
+            handle(f"verify {size}", partial(self._verify, nodes))
+            handle(f"accept {size}", partial(self._accept, nodes))
         self._tree.count.fill_(2)
         handle("absorb", self._draft.absorb)
 
-    def _finish(self, size: int) -> Step:
-        nodes, tree = self._parts[size], self._tree
-        if size == 1:
-            return lambda: nodes.tokens.copy_(tree.root)
-        return lambda: tree.finish(tree.root, nodes)
+    def _finish(self, nodes: TreeNodes) -> None:
+        if nodes.slots == 1:
+            nodes.tokens.copy_(self._tree.root)
+        else:
+            self._tree.finish(self._tree.root, nodes)
 
-    def _verify_step(self, size: int) -> Step:
-        def step() -> None:
-            self._finish(size)()
-            self._logits_of[size] = self._target.verify(self._parts[size])
+    def _verify(self, nodes: TreeNodes) -> None:
+        self._finish(nodes)
+        super()._verify(nodes)
 
-        return step
-
-    def _accept_step(self, size: int) -> Step:
-        nodes = self._parts[size]
-
-        def step() -> None:
-            cache = self._target.cache
-            if size == 1:
-                nodes.append(self._chosen[:1], cache.length)
-                self._draft.follow_alone(self._target)
-            else:
-                nodes.accept(self._chosen[:size], cache.length)
-                nodes.compact(cache.keys, cache.values)
-                self._draft.follow(self._target)
-            self._report.copy_(nodes.report, non_blocking=True)
-
-        return step
+    def _accept(self, nodes: TreeNodes) -> None:
+        if nodes.slots > 1:
+            return super()._accept(nodes)
+        nodes.append(self._chosen[:1], self._target.cache.length)
+        self._draft.follow_alone(self._target)
+        self._report.copy_(nodes.report, non_blocking=True)
 
     # --- what they cost ---
 
@@ -220,7 +197,7 @@ class PricedGraphs(GraphBackend):
 
         def verification(size: int, length: int) -> float:
             cache.length.fill_(length)
-            return self._seconds_of(lambda: self._run(f"verify {size}", self._verify_step(size)))
+            return self._seconds_of(lambda: self._run(f"verify {size}", partial(self._verify, self._parts[size])))
 
         with self._capturing(), unchanged(*self._state, *overwritten):
             verify = measure_curve(verification, self._sizes, (short, context), only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from specextend.data.prompts import ALL_LENGTHS, parse_length
+from specextend.data.prompts import nominal_tokens
 from specextend.evaluation.records import OUTPUT_BUCKET, SampleRecord, Stretch, Timing
 
 CLOCKED = (  # figures of a length that depend on how fast the machine is
@@ -31,7 +30,7 @@ def aggregate(records: Iterable[SampleRecord]) -> dict[str, dict[str, Any]]:
     for record in records:
         buckets[record.bucket].append(record)
     figures = {}
-    for bucket in sorted(buckets, key=_nominal_tokens):
+    for bucket in sorted(buckets, key=nominal_tokens):
         counts = sorted({_workers_on_host(record) for record in buckets[bucket]})
         measured = _aggregate_bucket(buckets[bucket])
         # a record from before there were workers was measured by one process alone; its journal names the processor
@@ -54,10 +53,6 @@ def _without_speeds(figures: dict[str, Any]) -> dict[str, Any]:
         else:
             kept[name] = None if name in CLOCKED else value
     return kept
-
-
-def _nominal_tokens(bucket: str) -> float:
-    return math.inf if bucket == ALL_LENGTHS else parse_length(bucket)
 
 
 def _aggregate_bucket(records: list[SampleRecord]) -> dict[str, Any]:

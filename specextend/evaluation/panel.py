@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specextend.config import SamplingConfig
-from specextend.data.prompts import ALL_LENGTHS, Prompt, parse_length
+from specextend.data.prompts import Prompt, nominal_tokens
 from specextend.errors import ConfigError
 from specextend.evaluation.answers import distinct_share, loops
 from specextend.evaluation.plan import require_positive, seed_of
@@ -117,11 +117,6 @@ class PanelPlan:
         """Of all data sets, the longest first."""
         labels = {bucket for buckets in self.data.values() for bucket in buckets}
         return sorted(labels, key=nominal_tokens, reverse=True)
-
-
-def nominal_tokens(bucket: str) -> float:
-    """By which lengths are put in order."""
-    return float("inf") if bucket == ALL_LENGTHS else parse_length(bucket)
 
 
 def order_of(arms: Sequence[str], turn: int) -> list[str]:

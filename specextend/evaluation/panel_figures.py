@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from specextend.data.prompts import nominal_tokens
 from specextend.errors import InputError
-from specextend.evaluation.panel import Panel, nominal_tokens
+from specextend.evaluation.panel import Panel
 
 POOLED = "all"  # the data sets together
 RESAMPLES, SEED = 10_000, 0

@@ -373,6 +373,7 @@ class TreeNodes:
         self.count += 1
         length += 1
         self.newest.zero_()
+        self.path[:1].zero_()
         self.drafted.zero_()
 
     def compact(self, keys: Tensor, values: Tensor) -> None:
