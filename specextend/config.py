@@ -40,18 +40,25 @@ class TreeConfig:
         threshold: stop deepening when one more level adds less than this to the expected accepted length.
         min_probability: leave out nodes that are reached with less than this; 0 keeps the best `nodes` whatever they
             are. Ours, not the paper's: where every node costs time (a CPU), one that is hardly ever reached is a loss.
+        lookup_branch: priced trees have one more branch: what followed the newest tokens where they stood before.
     """
 
     nodes: int = 50
     max_depth: int = 10
     threshold: float = 0.7
     min_probability: float = 0.0
+    lookup_branch: bool = False
     rule: TreeRule = "fixed"
 
     @classmethod
     def priced(cls) -> TreeConfig:
         """Trees that earn their time."""
-        return cls(nodes=63, max_depth=12, threshold=0.0, rule="price")
+        return cls(nodes=63, max_depth=12, threshold=0.0, lookup_branch=True, rule="price")
+
+    def given(self, bounds: Mapping[str, Any]) -> TreeConfig:
+        """With some fields changed; who gives a bound to priced trees, and no rule, means a tree of fixed bounds."""
+        is_fixed = self.rule == "price" and "rule" not in bounds and bool(bounds.keys() - {"lookup_branch"})
+        return replace(TreeConfig() if is_fixed else self, **bounds)
 
     def __post_init__(self) -> None:
         _require(self.rule in TREE_RULES, "tree.rule", self.rule, f"choose one of {', '.join(TREE_RULES)}")
@@ -65,6 +72,10 @@ class TreeConfig:
         for name in ("threshold", "min_probability") if self.rule == "price" else ():
             value = getattr(self, name)
             _require(value == 0, f"tree.{name}", value, "priced trees have no such bound: leave it out")
+        fixed = self.lookup_branch and self.rule == "fixed"
+        _require(
+            not fixed, "tree.lookup_branch", True, "it has a place in priced trees alone: tree=price, or leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -236,9 +247,7 @@ def override(config: SpecExtendConfig, settings: Mapping[str, Any]) -> SpecExten
         if isinstance(given, Mapping):
             _check_names(given, kind, f"{part} setting")
             base = getattr(config, part)
-            if kind is TreeConfig and given and base.rule == "price" and "rule" not in given:
-                base = TreeConfig()  # whoever gives a bound and no rule means a tree of fixed bounds
-            changed[part] = replace(base, **given)
+            changed[part] = base.given(given) if isinstance(base, TreeConfig) else replace(base, **given)
         elif not isinstance(given, kind):
             first = fields(kind)[0].name
             raise ConfigError(

@@ -24,8 +24,9 @@ from specextend.drafting.expansion import Level, grow
 from specextend.engine import SpecExtend
 from specextend.evaluation.plan import read_buckets
 from specextend.policy.costs import Costs, Curve
-from specextend.policy.policies import Drafted, FixedTree, Policy, PricedTree
+from specextend.policy.policies import FixedTree, Outcome, Policy, PricedTree
 from specextend.trees.growth import Growth
+from specextend.trees.host_tree import HostTree
 from specextend.trees.tree import DraftTree
 
 RECORDED = Growth(nodes=64, max_depth=12, threshold=0.0, floor=1e-3)
@@ -44,7 +45,7 @@ class Output:
     name: str
     context: int
     tokens: list[int]
-    trees: list[DraftTree]
+    trees: list[HostTree]
 
 
 class Recorder:
@@ -53,7 +54,7 @@ class Recorder:
     price = 0.0
 
     def __init__(self) -> None:
-        self.trees: list[DraftTree] = []
+        self.trees: list[HostTree] = []
 
     def begin(self) -> None:
         self.trees = []
@@ -61,7 +62,10 @@ class Recorder:
     def plan(self, context: int) -> Growth:
         return RECORDED
 
-    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+    def spares(self, branch: np.ndarray) -> bool:
+        return False
+
+    def cut(self, tree: HostTree, context: int) -> HostTree:
         self.trees.append(tree)
         return tree.most_probable(0)
 
@@ -87,9 +91,9 @@ def save(path: Path, outputs: list[Output]) -> None:
             f"{index}/name": output.name, f"{index}/context": output.context,
             f"{index}/tokens": np.array(output.tokens, dtype=np.int32),
             f"{index}/sizes": np.array(sizes, dtype=np.int16),
-            f"{index}/parents": torch.cat([tree.parents for tree in output.trees]).numpy().astype(np.int16),
-            f"{index}/ids": torch.cat([tree.tokens for tree in output.trees]).numpy().astype(np.int32),
-            f"{index}/logprobs": torch.cat([tree.logprobs for tree in output.trees]).numpy().astype(np.float16),
+            f"{index}/parents": np.concatenate([tree.parents for tree in output.trees]).astype(np.int16),
+            f"{index}/ids": np.concatenate([tree.tokens for tree in output.trees]).astype(np.int32),
+            f"{index}/logprobs": np.concatenate([tree.logprobs for tree in output.trees]).astype(np.float16),
         }  # fmt: skip
     np.savez_compressed(path, **flat)
 
@@ -103,7 +107,8 @@ def load(path: Path) -> list[Output]:
             trees = []
             for ids, parents, logprobs in zip(*parts, strict=True):
                 tree = DraftTree.from_parents(*(torch.from_numpy(one.astype(np.int64)) for one in (ids, parents)))
-                trees.append(replace(tree, logprobs=torch.from_numpy(logprobs.astype(np.float64))))
+                given = torch.from_numpy(logprobs.astype(np.float64))
+                trees.append(HostTree.of(replace(tree, logprobs=given, reach=torch.zeros_like(given))))
             name, context = str(flat[f"{index}/name"]), int(flat[f"{index}/context"])
             outputs.append(Output(name, context, flat[f"{index}/tokens"].tolist(), trees))
     return outputs
@@ -136,19 +141,19 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
     while at < len(output.trees):
         context = output.context + at
         growth = policy.plan(context)
-        drafted = None if growth is None else _Regrown(output.trees[at]).grow(growth)
-        kept = None if drafted is None else policy.cut(drafted.tree, context)
-        verified = 1 if kept is None else len(kept)
+        grown = None if growth is None else _Regrown(output.trees[at]).grow(growth)
+        drafted = None if grown is None else HostTree.of(grown.tree)
+        kept = HostTree.root(output.tokens[at]) if drafted is None else policy.cut(drafted, context)
+        verified = len(kept)
         rest = output.tokens[at + 1 :]
-        tokens = rest[: 1 if kept is None else _accepted(kept, rest) + 1]
+        tokens = rest[: _accepted(kept, rest) + 1]
         seconds = {"draft": 0.0, "verify": float(costs.verify(verified, context)[-1]), "accept": 0.0, "host": 0.0}
-        if drafted is not None:
-            seconds["draft"] = costs.draft(len(drafted.passes), sum(drafted.passes))
+        if grown is not None:
+            seconds["draft"] = costs.draft(len(grown.passes), sum(grown.passes))
             if refresh and (score.rounds - score.plain_rounds) % every == 0:
                 seconds["retrieve"] = refresh
-        policy.learn(
-            drafted and Drafted.of(drafted.tree), drafted.passes if drafted else (), verified, tokens, seconds, context
-        )
+        passes, whole = grown and grown.passes, drafted or kept
+        policy.learn(Outcome(drafted, passes, whole, np.empty(0), verified, tokens, seconds, context))
         score.tokens += len(tokens)
         score.seconds += sum(seconds.values())
         score.plain_seconds += sum(float(costs.verify(1, context + i)[0]) for i in range(len(tokens)))
@@ -162,9 +167,10 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
 class _Regrown:
     """A recorded tree as the draft that grew it, for bounds that are no larger; its vocabulary are its tokens."""
 
-    def __init__(self, tree: DraftTree):
-        self._tree, self.passes = tree, []
-        self._ids, self._columns = torch.unique(tree.tokens, return_inverse=True)
+    def __init__(self, tree: HostTree):
+        self._parents, self._logprobs = torch.from_numpy(tree.parents), torch.from_numpy(tree.logprobs)
+        self.passes: list[int] = []
+        self._ids, self._columns = torch.unique(torch.from_numpy(tree.tokens), return_inverse=True)
         self._handed = [[0]]
 
     def grow(self, growth: Growth) -> _Regrown:
@@ -184,22 +190,22 @@ class _Regrown:
         return self._after(nodes)
 
     def _child(self, node: int, column: int) -> int:
-        return int(((self._tree.parents == node) & (self._columns == column)).nonzero()[0, 0])
+        return int(((self._parents == node) & (self._columns == column)).nonzero()[0, 0])
 
     def _after(self, nodes: list[int]) -> torch.Tensor:
         """Log-probabilities [n, V] after recorded nodes; what was not recorded has none."""
         rows = torch.full((len(nodes), len(self._ids)), -torch.inf, dtype=torch.float64)
         for row, node in enumerate(nodes):
-            children = self._tree.parents == node
-            rows[row, self._columns[children]] = self._tree.logprobs[children]
+            children = self._parents == node
+            rows[row, self._columns[children]] = self._logprobs[children]
         return rows
 
 
-def _accepted(tree: DraftTree, text: list[int]) -> int:
+def _accepted(tree: HostTree, text: list[int]) -> int:
     """How many tokens of `text` a path of `tree` foretells."""
     at, depth = 0, 0
     for token in text:
-        found = ((tree.parents == at) & (tree.tokens == token)).nonzero()[:, 0]
+        found = np.flatnonzero((tree.parents == at) & (tree.tokens == token))
         if not len(found):
             break
         at, depth = int(found[0]), depth + 1
@@ -263,7 +269,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "record":
         engine = SpecExtend.from_pretrained(eager=True, prefix_reuse=False)
-        engine = engine.with_config(tree=TreeConfig.priced())
+        engine = engine.with_config(tree=replace(TreeConfig.priced(), lookup_branch=False))
         prompts = {}
         for bucket, found in read_buckets(args.data_dir, args.samples, args.lengths).items():
             for index, prompt in enumerate(found):

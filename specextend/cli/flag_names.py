@@ -31,6 +31,7 @@ FLAGS = {
         "tree.max_depth": "max_depth",
         "tree.threshold": "threshold",
         "tree.min_probability": "min_probability",
+        "tree.lookup_branch": "lookup_branch",
         "retrieval.chunk_size": "retrieval_chunk_size",
         "retrieval.top_k": "retrieve_top_k",
         "retrieval.every_n_steps": "retrieve_every_n_steps",

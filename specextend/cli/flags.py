@@ -35,6 +35,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {  # what `FLAGS` has a flag f
     "tree.max_depth": ("levels per tree", {}),
     "tree.threshold": ("expected accepted tokens that one more level must add", {}),
     "tree.min_probability": ("leave out nodes that are less probable than this", {}),
+    "tree.lookup_branch": (
+        "priced trees: one more branch, what followed the newest tokens where they stood before",
+        SWITCH,
+    ),
     "retrieval.chunk_size": ("tokens per retrieved chunk", {}),
     "retrieval.top_k": ("chunks the draft attends to", {}),
     "retrieval.every_n_steps": ("rounds between two retrievals", {}),
@@ -189,10 +193,10 @@ def arms_from(args: argparse.Namespace) -> list[Arm]:
 
 def check_settings(args: argparse.Namespace) -> None:
     """ConfigError for a setting out of its range, before anything is loaded."""
-    tree, retrieval = TREES[getattr(args, "tree", "paper")], RetrievalConfig(top_k=256)  # as large as any preset's
+    tree, retrieval = _tree_from(args, TREES["price"]), RetrievalConfig(top_k=256)  # as large as any preset's
     bases = {name: _with_given(args, find_method(name).config(tree, retrieval)) for name in methods_from(args)}
     for arm in arms_from(args):
-        arm.config(bases[arm.method])
+        arm.config(bases[arm.method], keeps_rule=hasattr(args, "tree"))
     sampling_from(args)
 
 
@@ -203,22 +207,21 @@ def config_from(args: argparse.Namespace, models: LoadedModels, method: str | No
         method: one of `methods_from`; None takes the first.
     """
     chosen = find_method(method or methods_from(args)[0])
-    # whoever gives a bound and no rule means a tree of fixed bounds
-    unnamed = TreeConfig() if _given(args, "tree") else default_tree(models)
-    tree = TREES[args.tree] if hasattr(args, "tree") else unnamed
-    return _with_given(args, chosen.config(tree, models.preset.retrieval))
+    return _with_given(args, chosen.config(_tree_from(args, default_tree(models)), models.preset.retrieval))
 
 
 def arm_configs(args: argparse.Namespace, models: LoadedModels) -> dict[str, SpecExtendConfig]:
     """The setting of each arm by its name; the other flags hold for all of them."""
 
-    def base_of(arm: Arm) -> SpecExtendConfig:
-        base = config_from(args, models, arm.method)
-        # whoever gives a bound and no tree means a tree of fixed bounds
-        fixed = arm.bounds_tree and base.tree.rule == "price" and not hasattr(args, "tree")
-        return replace(base, tree=TREES["paper"]) if fixed else base
+    def config_of(arm: Arm) -> SpecExtendConfig:
+        return arm.config(config_from(args, models, arm.method), keeps_rule=hasattr(args, "tree"))
 
-    return resolve(arms_from(args), base_of, lambda line: print(line, file=sys.stderr))
+    return resolve(arms_from(args), config_of, lambda line: print(line, file=sys.stderr))
+
+
+def _tree_from(args: argparse.Namespace, default: TreeConfig) -> TreeConfig:
+    """The tree that the flags name, or what their bounds make of the default one."""
+    return TREES[args.tree] if hasattr(args, "tree") else default.given(_given(args, "tree"))
 
 
 def _with_given(args: argparse.Namespace, base: SpecExtendConfig) -> SpecExtendConfig:

@@ -13,16 +13,23 @@ from specextend.decoding.backend import Reservation, read_prompt, unchanged
 from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.drafter import Drafter, TreeDrafter
+from specextend.drafting.lookup_branch import Branch, LookupBranch, NoBranch
 from specextend.drafting.retrieval import Retriever
 from specextend.modeling.target import Target
 from specextend.policy.costs import LONGER, SHORT, Costs, Curve, measure_curve, measure_drafting
-from specextend.policy.policies import Drafted, FixedTree, Policy, PricedTree
+from specextend.policy.policies import FixedTree, Outcome, Policy, PricedTree
 from specextend.trees.acceptance import accept
 from specextend.trees.growth import Growth
+from specextend.trees.host_tree import HostTree
 from specextend.trees.tree import DraftTree
 
 SLOTS = (1, 2, 4, 8, 16, 32, 64)  # of verifications that are timed
 BEHIND = 4  # paths that the draft may fall behind while nothing is drafted
+
+
+def branch_of(config: SpecExtendConfig) -> NoBranch:
+    """The lookup branch of priced trees, or none, as the setting has it."""
+    return LookupBranch(config.tree.max_depth) if config.tree.lookup_branch else NoBranch()
 
 
 class EagerBackend:
@@ -44,6 +51,7 @@ class EagerBackend:
         self._config, self._slots = config, config.slots
         self._policy: Policy = FixedTree(config.tree)
         self._is_priced = config.tree.rule == "price" and isinstance(drafter, TreeDrafter)
+        self._lookup = branch_of(config) if self._is_priced else NoBranch()
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
@@ -52,19 +60,39 @@ class EagerBackend:
         if verify:
             self._set_costs(verify)
         self._policy.begin()
-        self._speculated = 0  # rounds that did
+        self._speculated = 0  # rounds in which the draft grew a tree
         return first
 
     def plan(self) -> None:
         output = self._output
-        if output.rounds and self._is_priced:
-            last = output.rounds[-1]
-            passes = self._drafter.passes if self._drafted else ()
-            drafted = self._drafted and Drafted.of(self._drafted)
-            self._policy.learn(drafted, passes, len(self._tree), self._emitted, last.seconds, self._context)
+        if not output.rounds:
+            self._lookup.begin([*output.prompt.tolist(), *output.token_ids])
+        elif self._is_priced:
+            self._learn()
         self._context = output.context
         self._growth: Growth | None = self._policy.plan(self._context)
+        self._branch: Branch = self._lookup.look()
+        if self._policy.spares(self._branch.reach):
+            self._growth = None
         output.price = self._policy.price
+
+    def _learn(self) -> None:
+        """Take notice of the last round."""
+        passes = None if self._drafted is None else self._drafter.passes
+        seconds = self._output.rounds[-1].seconds
+        self._policy.learn(
+            Outcome(
+                self._drafted,
+                passes,
+                self._whole,
+                self._branch.reach,
+                len(self._tree),
+                self._emitted,
+                seconds,
+                self._context,
+            )  # fmt: skip
+        )
+        self._lookup.extend(self._emitted)
 
     def refresh_is_due(self) -> bool:
         if self._growth is not None:
@@ -88,13 +116,22 @@ class EagerBackend:
         if self._growth is None:
             if self._must_catch_up:
                 self._drafter.catch_up()
-            self._drafted, self._tree = None, self._drafter.hold()
+            grown = self._drafter.hold()
         else:
             self._speculated += 1
-            self._drafted = self._drafter.propose(self._growth)
-            self._tree = self._policy.cut(self._drafted, self._context)
+            grown = self._drafter.propose(self._growth)
+        self._tree = self._cut(grown) if self._is_priced else grown
         if self._output.observer:
             self._output.observer.drafted(self._tree)
+
+    def _cut(self, grown: DraftTree) -> DraftTree:
+        """What is verified of what the draft has grown and of the branch."""
+        is_held = self._growth is None
+        self._drafted = None if is_held else HostTree.of(grown)
+        own = self._drafted or HostTree.root(int(grown.tokens[0]))
+        self._whole = own.joined(self._branch.tokens, self._branch.reach)
+        kept = self._policy.cut(self._whole, self._context)
+        return grown if is_held and len(kept) == 1 else kept.on(self.device)
 
     def verify(self) -> None:
         logits = self._target.verify(self._tree)

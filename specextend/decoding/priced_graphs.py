@@ -2,13 +2,14 @@
 
 Which of them runs is the policy's decision. What a round needs of it lies on the device before the draft begins (stop
 rule, floor, calibration), so that nothing is captured anew; the host looks once between draft and verification, at the
-size of the tree, and does its thinking while the target verifies.
+tree's probabilities, and does its thinking while the target verifies.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -17,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specextend.decoding.backend import unchanged
+from specextend.decoding.eager import branch_of
 from specextend.decoding.graphs import GraphBackend, tree_of
 from specextend.decoding.output import Output
 from specextend.drafting.captured import Run, Step, TreeDraft
 from specextend.kernels.tree import TreeBuffers, TreeNodes
 from specextend.policy.costs import LONGER, REPEATS, SHORT, Costs, measure_curve
-from specextend.policy.policies import Drafted, PricedTree
+from specextend.policy.policies import Outcome, PricedTree
 from specextend.trees.growth import Growth
+from specextend.trees.host_tree import HostTree
 
 SIZES = (8, 16, 32, 64)  # slots of verifications that are captured, besides that of a root alone and the largest
 
@@ -35,6 +38,7 @@ class PricedGraphs(GraphBackend):
         super().__init__(target, drafter, retriever, config, prefixes)
         self._config = config
         self._policy: PricedTree | None = None
+        self._lookup = branch_of(config)
         most = config.slots.verify
         self._sizes = (1, *(size for size in SIZES if size < most), most)
 
@@ -45,19 +49,30 @@ class PricedGraphs(GraphBackend):
         self._set_costs(output)
         self._policy.begin()
         self._next: Growth | None = self._policy.plan(output.context)
-        self._learnable: tuple[Drafted | None, list[int], int] | None = None  # of the last round, see `Policy.learn`
+        self._learnable: Callable[..., Outcome] | None = None  # of the last round, once it has been read
         self._unread = 1  # tokens that were emitted and that the draft has not read
         self._working = self._slots.working or 0  # slots of the working cache that may be taken: it waits for a refresh
-        self._speculated = 0  # rounds that did
+        self._speculated = 0  # rounds in which the draft grew a tree
         return first
 
     def plan(self) -> None:
-        self._growth = self._next
-        self._output.price = self._policy.price
+        output, policy = self._output, self._policy
+        if output.rounds:
+            self._lookup.extend(output.rounds[-1].tokens)
+        else:
+            self._lookup.begin([*output.prompt.tolist(), *output.token_ids])
+        self._growth, self._branch = self._next, self._lookup.look()
+        self._is_spared = self._growth is not None and policy.spares(self._branch.reach)
+        if self._growth is None:  # a branch is worth a round if it pays for what the draft reads in it
+            reading = policy.costs.draft(0, 0) * policy.price
+            self._is_spared = policy.earned(self._branch.reach, output.context) > reading
+        if self._is_spared:
+            self._growth = Growth(1, 1, threshold=math.inf, calibration=policy.calibration)
+        output.price = policy.price
 
     def refresh_is_due(self) -> bool:
         if self._growth is not None:
-            if self._retriever.is_due(self._speculated, self._output.context):
+            if not self._is_spared and self._retriever.is_due(self._speculated, self._output.context):
                 return True
             return self._lacks_room(self._slots.path)
         return self._must_absorb and self._lacks_room(0)
@@ -73,21 +88,35 @@ class PricedGraphs(GraphBackend):
             if self._must_absorb:
                 self._run("absorb", self._draft.absorb)
                 self._read_by_draft(self._unread - 1)
-            self._size, self._drafted, self._passes = 1, None, []
+            self._size, drafted, passes, whole = 1, None, None, HostTree.root(0)
         else:
-            self._speculated += 1
+            self._speculated += not self._is_spared
             self._put_bounds(self._growth)
             self._draft.draft(self._run)
             self._read_by_draft(self._unread)
             self._sheet.copy_(self._tree.sheet, non_blocking=True)
             self._synchronise()
-            self._drafted, levels = self._read_sheet(), int(self._sheet[0])
-            self._passes = [self._tree.width] * max(levels - 1, 0)
-            reach, context = self._drafted.reach[1:], self._output.context
-            self._size = max(self._policy.costs.size(self._policy.size(reach, context) + 1, context), self._sizes[1])
+            drafted, passes = self._read_sheet(), [self._tree.width] * max(int(self._sheet[0]) - 1, 0)
+            whole = self._cut(drafted)
+        self._outcome = partial(
+            Outcome, None if self._is_spared else drafted, passes, whole, self._branch.reach, self._size
+        )
         if self._output.observer:
-            self._finish(self._judged)
+            self._set_root(self._judged)
             self._output.observer.drafted(tree_of(self._judged))
+
+    def _cut(self, drafted: HostTree) -> HostTree:
+        """Decide on the size of the verification, and let it have the best of a tree and the branch; both together."""
+        context = self._output.context
+        whole = drafted.joined(self._branch.tokens, self._branch.reach)
+        needed = self._policy.size(whole.reach[1:], context) + 1
+        self._size = max(self._policy.costs.size(needed, context), self._sizes[1])
+        if whole is drafted:
+            self._run(f"finish {self._size}", partial(self._finish, self._judged))
+        else:
+            kept = whole.most_probable(self._size - 1)
+            self._judged.put(kept.tokens, kept.parents, kept.depth, kept.ancestors())
+        return whole
 
     def verify(self) -> None:
         super().verify()
@@ -107,10 +136,9 @@ class PricedGraphs(GraphBackend):
         """Learn from the last round, and decide on the next; the device is busy with this one."""
         output = self._output
         if self._learnable is not None:
-            drafted, passes, size = self._learnable
             last = output.rounds[-1]
-            self._policy.learn(drafted, passes, size, last.tokens, last.seconds, output.context - len(last.tokens))
-        self._learnable = self._drafted, self._passes, self._size
+            self._policy.learn(self._learnable(last.tokens, last.seconds, output.context - len(last.tokens)))
+        self._learnable = self._outcome
         self._next = self._policy.plan(output.context)
 
     def _put_bounds(self, growth: Growth) -> None:
@@ -118,12 +146,13 @@ class PricedGraphs(GraphBackend):
         self._bounds[:] = torch.tensor([growth.threshold, floor, *growth.calibration.table])
         self._tree.bounds.copy_(self._bounds, non_blocking=True)
 
-    def _read_sheet(self) -> Drafted:
+    def _read_sheet(self) -> HostTree:
         rows = self._sheet[1:].numpy().reshape(5, -1)
         used = rows[4] > -math.inf
         tokens, parents, depth = rows[:3, used].astype(int)
         parents[1:] = (np.cumsum(used) - 1)[parents[1:]]
-        return Drafted(tokens, parents, depth, *rows[3:, used].astype(float))
+        tokens[0] = self._output.token_ids[-1]
+        return HostTree(tokens, parents, depth, *rows[3:, used].astype(float))
 
     @property
     def _must_absorb(self) -> bool:
@@ -161,19 +190,23 @@ class PricedGraphs(GraphBackend):
 
     def _each_verdict(self, handle: Run) -> None:
         for size, nodes in self._parts.items():
+            if size > 1:
+                handle(f"finish {size}", partial(self._finish, nodes))
             handle(f"verify {size}", partial(self._verify, nodes))
             handle(f"accept {size}", partial(self._accept, nodes))
         self._tree.count.fill_(2)
         handle("absorb", self._draft.absorb)
 
     def _finish(self, nodes: TreeNodes) -> None:
+        """The best of the draft's own tree."""
+        self._tree.finish(self._tree.root, nodes)
+
+    def _set_root(self, nodes: TreeNodes) -> None:
         if nodes.slots == 1:
             nodes.tokens.copy_(self._tree.root)
-        else:
-            self._tree.finish(self._tree.root, nodes)
 
     def _verify(self, nodes: TreeNodes) -> None:
-        self._finish(nodes)
+        self._set_root(nodes)
         super()._verify(nodes)
 
     def _accept(self, nodes: TreeNodes) -> None:

@@ -17,7 +17,7 @@ from specextend.methods import METHODS, find_method
 PARTS = {"tree": TreeConfig, "retrieval": RetrievalConfig}
 OWNER = {one.name: part for part, kind in PARTS.items() for one in fields(kind) if one.name != "rule"}
 KINDS = {name: get_type_hints(PARTS[part])[name] for name, part in OWNER.items()}
-WORDS = {int: "a whole number", float: "a number"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,24 @@ class Arm:
 
     method: str
     tree: str | None
-    settings: Mapping[str, int | float]
+    settings: Mapping[str, int | float | bool]
 
     @property
     def name(self) -> str:
         """As in records and tables, "specextend:top_k=8"."""
         given = ({"tree": self.tree} if self.tree else {}) | self.settings
-        shown = ",".join(f"{name}={value}" for name, value in given.items())
+        shown = ",".join(f"{name}={str(value).lower()}" for name, value in given.items())
         return f"{self.method}:{shown}" if shown else self.method
 
-    @property
-    def bounds_tree(self) -> bool:
-        """Whether it gives a bound of the tree, and not which tree."""
-        return self.tree is None and any(OWNER[name] == "tree" for name in self.settings)
-
-    def config(self, base: SpecExtendConfig) -> SpecExtendConfig:
-        """Its setting, where `base` is that of its method in the run."""
+    def config(self, base: SpecExtendConfig, *, keeps_rule: bool = False) -> SpecExtendConfig:
+        """Its setting, where `base` is that of its method in the run; `keeps_rule`: whatever bounds it gives."""
         if self.tree:
             base = replace(base, tree=TREES[self.tree])
-        parts: dict[str, dict[str, Any]] = {"tree": {"rule": base.tree.rule}, "retrieval": {}}
+        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
         for name, value in self.settings.items():
             parts[OWNER[name]][name] = value
+        if self.tree or keeps_rule:
+            parts["tree"]["rule"] = base.tree.rule
         try:
             return override(base, parts)
         except ConfigError as error:
@@ -86,21 +83,21 @@ def read_arm(text: str) -> Arm:
     tree = given.pop("tree", None)
     if tree is not None and tree not in TREES:
         raise ConfigError(f"arm {text!r}: tree {tree!r} is unknown; choose one of {', '.join(TREES)}")
-    return Arm(method, tree, {name: _number(text, name, value) for name, value in given.items()})
+    return Arm(method, tree, {name: _value(text, name, value) for name, value in given.items()})
 
 
 def resolve(
-    arms: Sequence[Arm], base_of: Callable[[Arm], SpecExtendConfig], note: Callable[[str], None]
+    arms: Sequence[Arm], config_of: Callable[[Arm], SpecExtendConfig], note: Callable[[str], None]
 ) -> dict[str, SpecExtendConfig]:
     """The setting of each arm by its name; of several that come to the same the first.
 
     Args:
-        base_of: what the run says of an arm's method.
+        config_of: an arm's setting in the run.
         note: told of an arm that is left out, in a line.
     """
     configs: dict[str, SpecExtendConfig] = {}
     for arm in arms:
-        config = arm.config(base_of(arm))
+        config = config_of(arm)
         same = [name for name, other in configs.items() if other == config]
         if same:
             note(f"{arm.name} is left out: with these models it is the setting of {same[0]}")
@@ -122,9 +119,9 @@ def _check_use(text: str, method: str, given: Mapping[str, str]) -> None:
         raise ConfigError(f"arm {text!r}: {method} drafts chains of its own length; set max_depth instead of tree")
 
 
-def _number(text: str, name: str, value: str) -> int | float:
+def _value(text: str, name: str, value: str) -> int | float | bool:
     kind = KINDS[name]
     try:
-        return kind(value)
-    except ValueError:
+        return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
         raise ConfigError(f"arm {text!r}: {name} is {value!r}; give {WORDS[kind]}") from None

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specextend.config import CALIBRATION_CELLS, TreeConfig
@@ -323,9 +325,11 @@ class TreeNodes:
 
     def __init__(self, slots: int, depth: int, device: torch.device, verdict: TreeNodes | None = None):
         self.slots = slots
-        self.tokens, self.parents = _zeros(device, slots, dtype=torch.int64), _zeros(device, slots)
-        self.depth, self.used = _zeros(device, slots), _zeros(device, slots)
-        self.ancestor_bits = _zeros(device, slots, -(-slots // WORD))
+        words = -(-slots // WORD)
+        self._fields = _zeros(device, slots * (5 + words))  # one piece of memory, so that one copy fills it
+        self.tokens = self._fields[: 2 * slots].view(torch.int64)
+        self.parents, self.depth, self.used = self._fields[2 * slots : 5 * slots].view(3, slots)
+        self.ancestor_bits = self._fields[5 * slots :].view(slots, words)
         steps = min(depth + 1, slots)
         if verdict is None:
             self.path, self.report = (_zeros(device, size, dtype=torch.int64) for size in (steps, 2 + steps))
@@ -352,6 +356,16 @@ class TreeNodes:
         self.emitted[0] = first
         self.count.fill_(1)
         self.newest.zero_()
+
+    def put(self, tokens: NDArray, parents: NDArray, depth: NDArray, ancestors: NDArray[np.bool_]) -> None:
+        """Hold a tree that the host has decided on: fields [T] and [T, T] as of `DraftTree`, T slots at most."""
+        count, fields = len(tokens), torch.zeros(len(self._fields), dtype=torch.int32, pin_memory=self._fields.is_cuda)
+        fields[: 2 * count].view(torch.int64).copy_(torch.from_numpy(tokens))
+        rows = fields[2 * self.slots : 5 * self.slots].view(3, self.slots)
+        rows[:, :count] = torch.from_numpy(np.stack((parents, depth, np.ones(count, dtype=depth.dtype))))
+        bits = pack_mask(torch.from_numpy(ancestors))
+        fields[5 * self.slots :].view(self.slots, -1)[:count, : bits.shape[1]] = bits
+        self._fields.copy_(fields, non_blocking=True)
 
     @property
     def root(self) -> Tensor:

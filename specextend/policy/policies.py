@@ -20,7 +20,7 @@ from specextend.config import TreeConfig
 from specextend.policy.calibration import Calibration
 from specextend.policy.costs import Costs
 from specextend.trees.growth import Growth
-from specextend.trees.tree import DraftTree
+from specextend.trees.host_tree import HostTree
 
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
 GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
@@ -36,23 +36,28 @@ FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to h
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """What a policy learns from of a tree before the cut; all [T], node 0 is the root.
+class Outcome:
+    """A finished round, as a policy learns from it.
 
     Attributes:
-        tokens, parents, depth, logprobs, reach: as in `DraftTree`.
+        drafted: the draft's own tree, None if it drafted nothing.
+        passes: rows of each level that the draft ran on, the root's not counted; None if it did not run.
+        tree: with its branch, before the cut.
+        branch: [m] log-probabilities of the lookup branch.
+        verified: slots.
+        tokens: the target's, the bonus token last.
+        seconds: by stage.
+        context: tokens before the newest one.
     """
 
-    tokens: NDArray
-    parents: NDArray
-    depth: NDArray
-    logprobs: NDArray
-    reach: NDArray
-
-    @classmethod
-    def of(cls, tree: DraftTree) -> Drafted:
-        ids = (one.cpu().numpy() for one in (tree.tokens, tree.parents, tree.depth))
-        return cls(*ids, *(one.double().cpu().numpy() for one in (tree.logprobs, tree.reach)))
+    drafted: HostTree | None
+    passes: Sequence[int] | None
+    tree: HostTree
+    branch: NDArray[np.float64]
+    verified: int
+    tokens: list[int]
+    seconds: dict[str, float]
+    context: int
 
 
 class Policy(Protocol):
@@ -66,22 +71,16 @@ class Policy(Protocol):
         """A new prompt: forget what was learned from the last one's text."""
 
     def plan(self, context: int) -> Growth | None:
-        """The tree of a round behind `context` tokens; None: it does not speculate."""
+        """The tree that the draft grows in a round behind `context` tokens; None: it drafts nothing."""
 
-    def cut(self, tree: DraftTree, context: int) -> DraftTree:
-        """What of a drafted tree is verified; the root alone if nothing is worth it."""
+    def spares(self, branch: NDArray[np.float64]) -> bool:
+        """Whether a branch with these log-probabilities [m] leaves the draft too little to be worth its time."""
 
-    def learn(
-        self, drafted: Drafted | None, passes: Sequence[int], verified: int, tokens: list[int],
-        seconds: dict[str, float], context: int,
-    ) -> None:  # fmt: skip
-        """Take notice of a finished round.
+    def cut(self, tree: HostTree, context: int) -> HostTree:
+        """What of a tree is verified; the root alone if nothing is worth it."""
 
-        Args:
-            drafted: what the draft proposed, before the cut; None if nothing was.
-            passes: rows of each level that the draft ran on, the root's not counted.
-            verified: slots; tokens: the target's, the bonus token last; seconds: by stage.
-        """
+    def learn(self, outcome: Outcome) -> None:
+        """Take notice of a finished round."""
 
 
 class FixedTree:
@@ -98,10 +97,13 @@ class FixedTree:
     def plan(self, context: int) -> Growth | None:
         return self._growth
 
-    def cut(self, tree: DraftTree, context: int) -> DraftTree:
+    def spares(self, branch: NDArray[np.float64]) -> bool:
+        return False
+
+    def cut(self, tree: HostTree, context: int) -> HostTree:
         return tree
 
-    def learn(self, drafted, passes, verified, tokens, seconds, context) -> None:
+    def learn(self, outcome: Outcome) -> None:
         pass
 
 
@@ -125,6 +127,8 @@ class PricedTree:
         self._wait, self._pause, self._speculated = 0, FIRST_PAUSE, 0
         self._balance = 0.0  # tokens that speculating has gained, or lost
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
+        self._mass = FIRST_SHARE ** np.arange(1, self._bounds[1] + 1)  # tokens accepted of a draft's tree, by depth
+        self._drafting = self.costs.draft(2, 2)  # seconds that such a tree takes
 
     @property
     def price(self) -> float:
@@ -155,35 +159,48 @@ class PricedTree:
             most_levels = 1 + int(may_cost / level)
         return min(max(nodes, 1), most_nodes), most_levels
 
-    def cut(self, tree: DraftTree, context: int) -> DraftTree:
-        return tree.most_probable(self.size(tree.reach[1:].double().cpu().numpy(), context))
+    def spares(self, branch: NDArray[np.float64]) -> bool:
+        left = self._mass.copy()  # what the draft finds where the branch is wrong
+        left[: len(branch)] *= 1 - np.exp(branch[: len(left)])
+        return len(branch) > 0 and float(left.sum()) < self._price * self._drafting
+
+    def earned(self, branch: NDArray[np.float64], context: int) -> float:
+        """Tokens that a branch with these log-probabilities gains beyond the time of its slots."""
+        return float(self._gains(branch, context).max())
+
+    def cut(self, tree: HostTree, context: int) -> HostTree:
+        return tree.most_probable(self.size(tree.reach[1:], context))
 
     def size(self, reach: NDArray[np.float64], context: int) -> int:
         """How many of the nodes with these log-probabilities are verified, the most probable ones."""
+        return int(self._gains(np.sort(reach)[::-1], context).argmax())
+
+    def _gains(self, reach: NDArray[np.float64], context: int) -> NDArray[np.float64]:
+        """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots."""
+        reach = reach[: self._bounds[0]]
         verify = self.costs.verify(len(reach) + 1, context)
         # costs are a staircase: look at every size, never stop at the first that does not pay
-        gains = np.concatenate(([0.0], np.cumsum(np.sort(np.exp(reach))[::-1])))
-        return int((gains - self._price * (verify - verify[0])).argmax())
+        return np.concatenate(([0.0], np.cumsum(np.exp(reach)))) - self._price * (verify - verify[0])
 
-    def learn(
-        self, drafted: Drafted | None, passes: Sequence[int], verified: int, tokens: list[int],
-        seconds: dict[str, float], context: int,
-    ) -> None:  # fmt: skip
-        self.costs.learn(seconds, passes if drafted else None, slots=verified, context=context)
-        if drafted is None:  # as cheap as can be: this is what autoregressive decoding is compared with
-            return
-        levels, rows = len(passes), sum(passes)
-        reach = np.exp(drafted.reach)
-        self._learn_shape(drafted.depth, reach, levels, rows)
-        self._learn_acceptance(drafted, tokens)
-        took = self._seconds_of(verified, levels, rows, context)
-        self._tokens = RATE_MEMORY * self._tokens + len(tokens)
+    def learn(self, outcome: Outcome) -> None:
+        context, tokens, drafted = outcome.context, len(outcome.tokens), outcome.drafted
+        self.costs.learn(outcome.seconds, outcome.passes, slots=outcome.verified, context=context)
+        if outcome.verified == 1 and outcome.passes is None:
+            return  # as cheap as can be: this is what autoregressive decoding is compared with
+        levels, rows = len(outcome.passes or ()), sum(outcome.passes or ())
+        took = self._seconds_of(outcome.verified, outcome.passes, context)
+        self._tokens = RATE_MEMORY * self._tokens + tokens
         self._seconds = RATE_MEMORY * self._seconds + took
-        best = np.sort(reach[1:])[::-1][: verified - 1]
-        # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
         worth = took / self.costs.plain(context)
-        self._balance = min(self._balance + len(tokens) - worth, MOST_CREDIT)
-        self._learn_gain((1.0 + float(best.sum()) + len(tokens)) / 2 - worth)
+        self._balance = min(self._balance + tokens - worth, MOST_CREDIT)
+        if drafted is None:
+            return
+        self._learn_shape(drafted.depth, np.exp(drafted.reach), levels, rows)
+        self._learn_acceptance(drafted, outcome.tokens)
+        best = np.sort(outcome.tree.reach[1:])[::-1][: outcome.verified - 1]
+        # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
+        came = (1.0 + float(np.exp(best).sum()) + tokens) / 2
+        self._learn_gain(came - worth - self.earned(outcome.branch, context))
 
     def _set_price(self, context: int) -> None:
         plain = self.costs.plain(context)
@@ -191,14 +208,13 @@ class PricedTree:
         rate = (self._tokens + first) / (self._seconds + first * plain)
         self._price = max(rate, 1 / plain)
 
-    def _seconds_of(self, verified: int, levels: int, rows: int, context: int) -> float:
+    def _seconds_of(self, verified: int, passes: Sequence[int] | None, context: int) -> float:
         """What a round costs by all that is known; its own clock would tell of the machine's moods, too."""
-        return (
-            float(self.costs.verify(verified, context)[-1])
-            + self.costs.draft(levels, rows)
-            + self.costs.rest(True)
-            + self.costs.refresh / self._refresh_every
-        )
+        verify = float(self.costs.verify(verified, context)[-1])
+        if passes is None:
+            return verify + self.costs.rest(False)
+        draft = self.costs.draft(len(passes), sum(passes))
+        return verify + draft + self.costs.rest(True) + self.costs.refresh / self._refresh_every
 
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
@@ -215,14 +231,18 @@ class PricedTree:
             self.calibration.fade(self._wait)
 
     def _learn_shape(self, depth, reach, levels: int, rows: int) -> None:
-        """How much of a level's probability the next one holds, and how many rows a level has."""
+        """What a draft's tree holds by depth and takes, how much of a level the next one holds, and its rows."""
         mass = np.bincount(depth, weights=reach)[1:]
+        seen = np.zeros_like(self._mass)
+        seen[: len(mass)] = mass[: len(seen)]
+        self._mass = 0.9 * self._mass + 0.1 * seen
+        self._drafting = 0.9 * self._drafting + 0.1 * self.costs.draft(levels, rows)
         if len(mass) > 1:
             self._share = 0.9 * self._share + 0.1 * min(float(mass[1:].sum() / mass[:-1].sum()), 1.0)
         if levels > 0:
             self._rows = 0.9 * self._rows + 0.1 * rows / levels
 
-    def _learn_acceptance(self, tree: Drafted, tokens: list[int]) -> None:
+    def _learn_acceptance(self, tree: HostTree, tokens: list[int]) -> None:
         """The verdict on every node below an accepted one, those that were not verified included."""
         parents, ids = tree.parents, tree.tokens
         at, asked, answers = 0, [], []

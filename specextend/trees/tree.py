@@ -48,19 +48,6 @@ class DraftTree:
         """[T] bool: every node is one."""
         return torch.ones_like(self.tokens, dtype=torch.bool)
 
-    def most_probable(self, nodes: int) -> DraftTree:
-        """The root and the `nodes` nodes below it that are most probably accepted."""
-        if nodes >= len(self) - 1:
-            return self
-        # ties go to the older node, so to parents before children
-        kept = torch.argsort(self.reach, descending=True, stable=True)[: nodes + 1].sort().values
-        renumber = torch.full_like(self.parents, -1).scatter_(0, kept, torch.arange(len(kept), device=kept.device))
-        above = self.parents[kept]
-        return DraftTree(
-            self.tokens[kept], torch.where(above >= 0, renumber[above.clamp(min=0)], -1), self.depth[kept],
-            self.ancestors[kept][:, kept], self.logprobs[kept], self.reach[kept],
-        )  # fmt: skip
-
     @classmethod
     def root(cls, token: Tensor) -> DraftTree:
         """The tree of `token` [] alone: verifying it is one step of autoregressive decoding."""

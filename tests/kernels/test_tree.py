@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -15,6 +17,7 @@ from specextend.kernels.tree_attention import pack_mask  # noqa: E402
 from specextend.policy.calibration import Calibration  # noqa: E402
 from specextend.trees.acceptance import accept  # noqa: E402
 from specextend.trees.growth import Growth  # noqa: E402
+from specextend.trees.host_tree import HostTree  # noqa: E402
 from specextend.trees.tree import DraftTree  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -198,11 +201,27 @@ def test_a_part_of_a_tree_holds_its_most_probable_nodes_and_shares_the_verdict()
     whole = by_kernels(config, draft, buffers)
     part = TreeNodes(6, 0, DEVICE, verdict=whole)
     whole.finish(torch.tensor(7, device=DEVICE), part)
-    wanted = by_definition(TreeConfig(15, 4, 0.0), Draft(97, 3.0, 0)).most_probable(5)
-    assert paths(as_tree(part)) == paths(wanted) and len(as_tree(part)) == 6
+    wanted = HostTree.of(by_definition(TreeConfig(15, 4, 0.0), Draft(97, 3.0, 0))).most_probable(5)
+    assert paths(as_tree(part)) == paths(wanted.on(DEVICE)) and len(as_tree(part)) == 6
     chosen, length = part.tokens[[1, *range(1, 6)]].clone(), torch.tensor(20, device=DEVICE)
     part.accept(chosen, length)
     assert int(whole.count) == int(part.count) == int(length) - 20 >= 2
     count = int(whole.count)
     part.append(torch.tensor([3], device=DEVICE), length)
     assert int(whole.count) == count + 1 and int(whole.emitted[count]) == 3 and int(length) == 21 + count
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 70), st.integers(0, 5))
+def test_a_tree_that_the_host_puts_there_is_that_tree(seed, count, empty):
+    random = np.random.default_rng(seed)
+    parents = np.array([-1, *(int(random.integers(0, node)) for node in range(1, count))])
+    tree = DraftTree.from_parents(torch.from_numpy(random.integers(0, 2**40, count)), torch.from_numpy(parents))
+    nodes = TreeNodes(count + empty, 0, DEVICE)
+    places = np.arange(nodes.slots)
+    nodes.put(places, places - 1, places, np.tri(nodes.slots, dtype=bool))  # what stood there before
+    nodes.put(tree.tokens.numpy(), parents, tree.depth.numpy(), tree.ancestors.numpy())
+    assert nodes.used.tolist() == [1] * count + [0] * empty
+    assert torch.equal(nodes.tokens[:count].cpu(), tree.tokens) and nodes.parents[:count].tolist() == parents.tolist()
+    assert torch.equal(nodes.depth[:count].cpu().long(), tree.depth)
+    assert torch.equal(nodes.ancestor_bits[:count, : -(-count // 32)].cpu(), pack_mask(tree.ancestors))

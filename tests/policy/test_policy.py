@@ -13,9 +13,9 @@ from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig,
 from specextend.errors import ConfigError
 from specextend.policy.calibration import CELLS, Calibration
 from specextend.policy.costs import Costs, Curve, measure_curve
-from specextend.policy.policies import LONGEST_PAUSE, Drafted, PricedTree
+from specextend.policy.policies import LONGEST_PAUSE, Outcome, PricedTree
 from specextend.trees.growth import Growth
-from specextend.trees.tree import DraftTree
+from specextend.trees.host_tree import HostTree
 
 MS = 1e-3
 DRAFT = np.array([0.2, 0.2, 0.01]) * MS
@@ -97,12 +97,11 @@ def test_tables_and_calls_agree():
 # ---- decisions
 
 
-def tree_of(reach: list[float]) -> DraftTree:
+def tree_of(reach: list[float]) -> HostTree:
     """Children of one root that are accepted with these probabilities."""
-    count = len(reach) + 1
-    tree = DraftTree.from_parents(torch.arange(count), torch.tensor([-1] + [0] * len(reach)))
-    scores = torch.tensor([0.0, *np.log(reach)], dtype=torch.float64)
-    return DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, scores, scores)
+    scores = np.array([0.0, *np.log(reach)])
+    parents = np.array([-1] + [0] * len(reach))
+    return HostTree(np.arange(len(scores)), parents, (parents == 0).astype(int), scores, scores)
 
 
 def test_a_node_is_verified_if_it_earns_its_slot():
@@ -140,22 +139,21 @@ def test_levels_that_seem_to_cost_nothing_are_all_drafted():
 
 def rounds(policy: PricedTree, accepts: bool, count: int) -> list[bool]:
     """Whether each of `count` rounds speculated; the draft is sure of four children in a row, and wrong or right."""
-    chain = DraftTree.chain(torch.arange(5))
-    scores = torch.log(torch.tensor([1.0, 0.9, 0.9, 0.9, 0.9], dtype=torch.float64))
-    tree = DraftTree(chain.tokens, chain.parents, chain.depth, chain.ancestors, scores, scores.cumsum(0))
+    scores, places, nothing = np.log([1.0, 0.9, 0.9, 0.9, 0.9]), np.arange(5), np.empty(0)
     took = {"draft": 2.8 * MS, "verify": 5 * MS, "accept": 0.1 * MS, "host": 0.0}
     done = []
     for _ in range(count):
         growth = policy.plan(100)
         done.append(growth is not None)
         if growth is None:
-            policy.learn(None, (), 1, [7], {"draft": 0.0, "verify": 4 * MS, "accept": 0.1 * MS, "host": 0.0}, 100)
+            plain = {"draft": 0.0, "verify": 4 * MS, "accept": 0.1 * MS, "host": 0.0}
+            policy.learn(Outcome(None, None, HostTree.root(0), nothing, 1, [7], plain, 100))
             continue
-        reach = torch.cat([growth.calibration(scores[i : i + 1]) if i else scores[:1] for i in range(5)]).cumsum(0)
-        drafted = DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, scores, reach)
+        reach = np.cumsum([0.0, *growth.calibration(torch.from_numpy(scores[1:])).tolist()])
+        drafted = HostTree(places, places - 1, places, scores, reach)
         kept = policy.cut(drafted, 100)
         tokens = [1, 2, 3, 4, 50][: len(kept)] if accepts else [50]
-        policy.learn(Drafted.of(drafted), (1, 1, 1), len(kept), tokens, took, 100)
+        policy.learn(Outcome(drafted, (1, 1, 1), drafted, nothing, len(kept), tokens, took, 100))
     return done
 
 
@@ -206,8 +204,11 @@ class Dice:
         bounds = Growth(int(nodes), int(depth), self._random.choice([0.0, 0.3]), self._random.choice([0.0, 0.05]))
         return bounds if self._random.uniform() < 0.4 else None
 
-    def cut(self, tree: DraftTree, context: int) -> DraftTree:
-        return tree.most_probable(int(self._random.integers(0, len(tree))))
+    def spares(self, branch: np.ndarray) -> bool:
+        return self._random.uniform() < 0.3
+
+    def cut(self, tree: HostTree, context: int) -> HostTree:
+        return tree.most_probable(int(self._random.integers(0, min(len(tree), self._config.nodes + 1))))
 
     def learn(self, *_) -> None:
         pass
@@ -220,14 +221,14 @@ class Dice:
     length=st.integers(1, 90),
     noise=st.sampled_from([0.0, 0.3, 3.0]),
     sampling=st.sampled_from([SamplingConfig(), SamplingConfig(0.8, seed=3)]),
+    branch=st.booleans(),
 )
 def test_no_decision_changes_a_token(
-    seed, cache, length, noise, sampling, make_model, perturbed, make_engine, make_prompt
+    seed, cache, length, noise, sampling, branch, make_model, perturbed, make_engine, make_prompt
 ):
     target = make_model("gqa")
-    config = SpecExtendConfig.specextend(
-        draft_cache=cache, tree=TreeConfig(8, 6, 0.0, rule="price"), retrieval=RetrievalConfig(4, 3, 2)
-    )
+    tree = TreeConfig(8, 6, 0.0, rule="price", lookup_branch=branch)
+    config = SpecExtendConfig.specextend(draft_cache=cache, tree=tree, retrieval=RetrievalConfig(4, 3, 2))
     engine = make_engine(target, perturbed(target, noise), config)
     backend = backend_of(engine)
     backend._set_costs = lambda verify: None
@@ -289,17 +290,6 @@ def test_price_and_bounds_are_not_mixed():
         TreeConfig(threshold=0.3, rule="price")
     with pytest.raises(ConfigError, match="choose one of"):
         TreeConfig(rule="luck")
-
-
-def test_most_probable_keeps_parents_before_children():
-    parents = torch.tensor([-1, 0, 0, 1, 3])
-    reach = torch.log(torch.tensor([1.0, 0.6, 0.4, 0.6, 0.1]))
-    tree = DraftTree.from_parents(torch.arange(5), parents)
-    tree = DraftTree(tree.tokens, tree.parents, tree.depth, tree.ancestors, reach, reach)
-    small = tree.most_probable(2)
-    assert small.tokens.tolist() == [0, 1, 3] and small.parents.tolist() == [-1, 0, 1]
-    assert torch.equal(small.ancestors, DraftTree.from_parents(small.tokens, small.parents).ancestors)
-    assert tree.most_probable(4) is tree
 
 
 def test_rounds_tell_their_price(make_model, make_engine, make_prompt):
