@@ -51,22 +51,25 @@ def known_costs(monkeypatch):
     monkeypatch.setattr(PricedGraphs, "_set_costs", set_costs)
 
 
-def priced(nodes: int, depth: int, **settings) -> SpecExtendConfig:
-    return SpecExtendConfig.specextend(
-        tree=TreeConfig(nodes, depth, 0.0, rule="price"), retrieval=RetrievalConfig(4, 3, 2), **settings
-    )
+def priced(nodes: int, depth: int, *, branch: bool = False, **settings) -> SpecExtendConfig:
+    tree = TreeConfig(nodes, depth, 0.0, lookup_branch=branch, rule="price")
+    return SpecExtendConfig.specextend(tree=tree, retrieval=RetrievalConfig(4, 3, 2), **settings)
 
 
 @pytest.mark.usefixtures("known_costs")
 @pytest.mark.parametrize(
-    ("cache", "sampling"),
-    [("full", SamplingConfig()), ("streaming", SamplingConfig(0.8, seed=3)), ("retrieval", SamplingConfig())],
+    ("cache", "sampling", "branch"),
+    [
+        ("full", SamplingConfig(), False),
+        ("streaming", SamplingConfig(0.8, seed=3), True),
+        ("retrieval", SamplingConfig(), True),
+    ],
 )
 def test_no_decision_changes_a_token(
-    cache, sampling, captured, make_model, perturbed, make_engine, make_prompt, monkeypatch
+    cache, sampling, branch, captured, make_model, perturbed, make_engine, make_prompt, monkeypatch
 ):
     target = make_model("gqa", head_dim=32, num_hidden_layers=1)
-    engine = captured(target, perturbed(target, 0.3), priced(4, 2, draft_cache=cache))
+    engine = captured(target, perturbed(target, 0.3), priced(4, 2, branch=branch, draft_cache=cache))
     random = np.random.default_rng(7)
     monkeypatch.setattr(PricedTree, "size", lambda self, reach, context: int(random.integers(0, len(reach) + 1)))
     plan = PricedTree.plan
@@ -78,10 +81,28 @@ def test_no_decision_changes_a_token(
         return Growth(4, 2, random.choice([0.0, 0.4]), random.choice([0.0, 0.05]), self.calibration)
 
     monkeypatch.setattr(PricedTree, "plan", thrown)
+    monkeypatch.setattr(PricedTree, "spares", lambda self, branch: len(branch) > 0 and random.uniform() < 0.3)
+    monkeypatch.setattr(PricedTree, "earned", lambda self, branch, context: random.uniform(0, 0.5) * (len(branch) > 0))
     plain = make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(15), 10, sampling=sampling)
     found = engine.generate(make_prompt(15), 10, sampling=sampling)
     assert found.token_ids == plain.token_ids
     assert 0 < found.plain_share < 1
+
+
+@pytest.mark.usefixtures("known_costs")
+def test_a_branch_goes_on_where_the_draft_is_always_wrong(captured, make_model, opposed):
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(target, opposed(target), priced(4, 3, branch=True, draft_cache="full"))
+    says = [3, 1, 4]
+
+    def again(ids, scores):
+        wanted = torch.full_like(scores, -torch.inf)
+        wanted[:, says[ids.shape[1] % 3]] = 0.0
+        return wanted
+
+    result = engine.generate(torch.tensor(says * 6), 24, processors=[again])
+    assert result.token_ids == says * 8
+    assert max(one.accepted for one in result.rounds) == 3 and len(result.rounds) < 14
 
 
 @pytest.mark.usefixtures("known_costs")
