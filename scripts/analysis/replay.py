@@ -48,16 +48,13 @@ class Output:
     trees: list[HostTree]
 
 
-class Recorder:
+class LargeTrees:
     """A policy that lets the draft grow a large tree in every round and verifies nothing of it."""
 
     price = 0.0
 
-    def __init__(self) -> None:
-        self.trees: list[HostTree] = []
-
     def begin(self) -> None:
-        self.trees = []
+        pass
 
     def plan(self, context: int) -> Growth:
         return RECORDED
@@ -65,21 +62,28 @@ class Recorder:
     def spares(self, branch: np.ndarray) -> bool:
         return False
 
-    def cut(self, tree: HostTree, context: int) -> HostTree:
-        self.trees.append(tree)
-        return tree.most_probable(0)
+    def size(self, reach: np.ndarray, context: int) -> int:
+        return 0
 
-    def learn(self, *_) -> None:
+    def learn(self, outcome: Outcome) -> None:
         pass
 
 
 def record(engine: SpecExtend, prompts: dict[str, torch.Tensor], new_tokens: int, temperature: float) -> list[Output]:
     """An output for each of `prompts`, by name; `engine` decodes eagerly."""
-    recorder, outputs = Recorder(), []
-    engine._method._policy, engine._method._set_costs = recorder, lambda verify: None
+    backend, outputs, trees = engine._method, [], []
+    backend._policy, backend._set_costs = LargeTrees(), lambda verify: None
+    propose = backend._drafter.propose
+
+    def recorded(growth: Growth) -> DraftTree:
+        trees.append(propose(growth))
+        return trees[-1]
+
+    backend._drafter.propose = recorded
     for seed, (name, prompt) in enumerate(prompts.items()):
         result = engine.generate(prompt, new_tokens, sampling=SamplingConfig(temperature, seed=seed))
-        outputs.append(Output(name, len(prompt), result.token_ids, recorder.trees))
+        outputs.append(Output(name, len(prompt), result.token_ids, [HostTree.of(tree) for tree in trees]))
+        trees.clear()
     return outputs
 
 
@@ -143,17 +147,19 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
         growth = policy.plan(context)
         grown = None if growth is None else _Regrown(output.trees[at]).grow(growth)
         drafted = None if grown is None else HostTree.of(grown.tree)
-        kept = HostTree.root(output.tokens[at]) if drafted is None else policy.cut(drafted, context)
-        verified = len(kept)
+        nodes = 0 if drafted is None else policy.size(drafted.reach[1:], context)
+        verified = nodes + 1
         rest = output.tokens[at + 1 :]
-        tokens = rest[: _accepted(kept, rest) + 1]
+        tokens = rest[: 1 + (_accepted(drafted.most_probable(nodes), rest) if nodes else 0)]
         seconds = {"draft": 0.0, "verify": float(costs.verify(verified, context)[-1]), "accept": 0.0, "host": 0.0}
         if grown is not None:
             seconds["draft"] = costs.draft(len(grown.passes), sum(grown.passes))
             if refresh and (score.rounds - score.plain_rounds) % every == 0:
                 seconds["retrieve"] = refresh
-        passes, whole = grown and grown.passes, drafted or kept
-        policy.learn(Outcome(drafted, passes, whole, np.empty(0), verified, tokens, seconds, context))
+        promised = drafted.expected(nodes) if nodes else 0.0
+        policy.learn(
+            Outcome(drafted, grown and grown.passes, np.empty(0), promised, verified, tokens, seconds, context)
+        )
         score.tokens += len(tokens)
         score.seconds += sum(seconds.values())
         score.plain_seconds += sum(float(costs.verify(1, context + i)[0]) for i in range(len(tokens)))

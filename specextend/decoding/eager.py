@@ -72,23 +72,22 @@ class EagerBackend:
         self._context = output.context
         self._growth: Growth | None = self._policy.plan(self._context)
         self._branch: Branch = self._lookup.look()
-        if self._policy.spares(self._branch.reach):
+        if self._growth is not None and self._policy.spares(self._branch.reach):
             self._growth = None
         output.price = self._policy.price
 
     def _learn(self) -> None:
         """Take notice of the last round."""
         passes = None if self._drafted is None else self._drafter.passes
-        seconds = self._output.rounds[-1].seconds
         self._policy.learn(
             Outcome(
                 self._drafted,
                 passes,
-                self._whole,
                 self._branch.reach,
+                self._promised,
                 len(self._tree),
                 self._emitted,
-                seconds,
+                self._output.rounds[-1].seconds,
                 self._context,
             )  # fmt: skip
         )
@@ -116,22 +115,31 @@ class EagerBackend:
         if self._growth is None:
             if self._must_catch_up:
                 self._drafter.catch_up()
-            grown = self._drafter.hold()
+            self._tree = self._cut_branch(self._drafter.hold())
         else:
             self._speculated += 1
-            grown = self._drafter.propose(self._growth)
-        self._tree = self._cut(grown) if self._is_priced else grown
+            self._tree = self._drafter.propose(self._growth)
+            if self._is_priced:
+                self._tree = self._cut(self._tree)
         if self._output.observer:
             self._output.observer.drafted(self._tree)
 
+    def _cut_branch(self, root: DraftTree) -> DraftTree:
+        """What is verified where nothing was drafted: as much of the branch as is worth it."""
+        self._drafted, self._promised = None, 0.0
+        nodes = self._policy.size(self._branch.reach, self._context)
+        if not nodes:
+            return root
+        return DraftTree.chain(torch.tensor([self._output.token_ids[-1], *self._branch.tokens[:nodes]]).to(self.device))
+
     def _cut(self, grown: DraftTree) -> DraftTree:
         """What is verified of what the draft has grown and of the branch."""
-        is_held = self._growth is None
-        self._drafted = None if is_held else HostTree.of(grown)
-        own = self._drafted or HostTree.root(int(grown.tokens[0]))
-        self._whole = own.joined(self._branch.tokens, self._branch.reach)
-        kept = self._policy.cut(self._whole, self._context)
-        return grown if is_held and len(kept) == 1 else kept.on(self.device)
+        self._drafted = HostTree.of(grown)
+        whole = self._drafted.joined(self._branch.tokens, self._branch.reach)
+        nodes = self._policy.size(whole.reach[1:], self._context)
+        self._promised = whole.expected(nodes)
+        kept = whole.most_probable(nodes)
+        return grown if kept is self._drafted else kept.on(self.device)
 
     def verify(self) -> None:
         logits = self._target.verify(self._tree)

@@ -88,7 +88,7 @@ class PricedGraphs(GraphBackend):
             if self._must_absorb:
                 self._run("absorb", self._draft.absorb)
                 self._read_by_draft(self._unread - 1)
-            self._size, drafted, passes, whole = 1, None, None, HostTree.root(0)
+            self._size, drafted, passes, promised = 1, None, None, 0.0
         else:
             self._speculated += not self._is_spared
             self._put_bounds(self._growth)
@@ -97,16 +97,16 @@ class PricedGraphs(GraphBackend):
             self._sheet.copy_(self._tree.sheet, non_blocking=True)
             self._synchronise()
             drafted, passes = self._read_sheet(), [self._tree.width] * max(int(self._sheet[0]) - 1, 0)
-            whole = self._cut(drafted)
+            promised = self._cut(drafted)
         self._outcome = partial(
-            Outcome, None if self._is_spared else drafted, passes, whole, self._branch.reach, self._size
+            Outcome, None if self._is_spared else drafted, passes, self._branch.reach, promised, self._size
         )
         if self._output.observer:
             self._set_root(self._judged)
             self._output.observer.drafted(tree_of(self._judged))
 
-    def _cut(self, drafted: HostTree) -> HostTree:
-        """Decide on the size of the verification, and let it have the best of a tree and the branch; both together."""
+    def _cut(self, drafted: HostTree) -> float:
+        """Let a verification have the best of a tree and the branch; draft tokens that it is expected to accept."""
         context = self._output.context
         whole = drafted.joined(self._branch.tokens, self._branch.reach)
         needed = self._policy.size(whole.reach[1:], context) + 1
@@ -116,7 +116,7 @@ class PricedGraphs(GraphBackend):
         else:
             kept = whole.most_probable(self._size - 1)
             self._judged.put(kept.tokens, kept.parents, kept.depth, kept.ancestors())
-        return whole
+        return whole.expected(self._size - 1)
 
     def verify(self) -> None:
         super().verify()

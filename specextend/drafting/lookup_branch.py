@@ -7,8 +7,10 @@ every token of the text is one sample, whether or not the branch was verified.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +19,10 @@ from specextend.drafting.ngrams import LONGEST_NGRAM
 
 LONGEST_MATCH = 16  # tokens; a longer match promises no more
 PLACES = 4  # earlier places of the newest n-gram of which the longest match is taken
-HALF_LIFE = 256  # tokens after which a sample counts half
+GROWTH = 2 ** (1 / 256)  # of a sample's weight from token to token: half of it is left after 256
 PRIOR_SAMPLES = 3.0
-PRIOR = np.interp(np.arange(LONGEST_MATCH + 1), (0, 1, 2, 3, 6, 10, 16), (0.0, 0.1, 0.3, 0.45, 0.65, 0.8, 0.9))
-LEAST = 0.02  # probability of the first token below which there is no branch
+PRIOR = np.interp(np.arange(LONGEST_MATCH + 1), (0, 1, 2, 3, 6, 10, 16), (0.0, 0.1, 0.3, 0.45, 0.65, 0.8, 0.9)).tolist()
+LEAST = 0.05  # probability of the first token below which there is no branch
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Branch:
     reach: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
 
 
+NOTHING = Branch()
+
+
 class NoBranch:
     """Where no branch is wanted."""
 
@@ -45,7 +50,7 @@ class NoBranch:
         pass
 
     def look(self) -> Branch:
-        return Branch()
+        return NOTHING
 
 
 class LookupBranch(NoBranch):
@@ -72,37 +77,42 @@ class LookupBranch(NoBranch):
                     self._before[after] = places[ngram]
                 places[ngram] = after
             self._last.append(places)
-        self._offered, self._hits = (np.zeros(LONGEST_MATCH + 1) for _ in range(2))
+        # by length of the match; the weight of a sample grows instead of what all earlier ones shrinking
+        self._offered, self._hits = ([0.0] * (LONGEST_MATCH + 2) for _ in range(2))
+        self._weight = 1.0
         self._find()
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on with the target's own `tokens`, and see for each of them whether the branch had it."""
+        if self._weight > 1e100:
+            self._offered, self._hits = ([one / self._weight for one in of] for of in (self._offered, self._hits))
+            self._weight = 1.0
         for token in tokens:
             if self._match:
-                self._offered *= 0.5 ** (1 / HALF_LIFE)
-                self._hits *= 0.5 ** (1 / HALF_LIFE)
-                self._offered[self._match] += 1
-                self._hits[self._match] += self._text[self._after] == token
+                self._weight *= GROWTH
+                self._offered[self._match] += self._weight
+                self._hits[self._match] += self._weight * (self._text[self._after] == token)
             self._append(token)
             self._find()
 
     def look(self) -> Branch:
         """What followed the longest earlier match of the newest tokens; nothing where that promises nothing."""
-        if not self._match:
-            return Branch()
-        matches = np.minimum(self._match + np.arange(self._length), LONGEST_MATCH)
-        reach = np.cumsum(np.log(self._expected()[matches]))
-        if reach[0] < np.log(LEAST):
-            return Branch()
+        if not self._match or self._expected(self._match) < LEAST:
+            return NOTHING
+        matches = range(self._match, self._match + self._length)
+        reach = accumulate(math.log(self._expected(min(match, LONGEST_MATCH))) for match in matches)
         period = len(self._text) - self._after  # a text that repeats itself goes on as it did
-        return Branch([self._text[self._after + index % period] for index in range(self._length)], reach)
+        tokens = [self._text[self._after + index % period] for index in range(self._length)]
+        return Branch(tokens, np.fromiter(reach, float))
 
-    def _expected(self) -> NDArray[np.float64]:
-        """Probability [LONGEST_MATCH + 1] that the next token is the one that followed, by the length of the match."""
-        # neighbours lend each other what they have seen, so that a length never seen is not left to the prior
-        hits, offered = (np.convolve(one, (0.5, 1.0, 0.5), "same") for one in (self._hits, self._offered))
-        hits, offered = hits + PRIOR_SAMPLES * PRIOR, offered + PRIOR_SAMPLES
-        return np.clip(hits / offered, 1e-4, 0.995)
+    def _expected(self, match: int) -> float:
+        """Probability that the next token is the one that followed, behind a match of so many tokens."""
+        # neighbours lend what they have seen, so that a length never seen is not left to the prior
+        hits, offered = self._hits, self._offered
+        found = hits[match] + 0.5 * (hits[match - 1] + hits[match + 1])
+        asked = offered[match] + 0.5 * (offered[match - 1] + offered[match + 1])
+        prior = PRIOR_SAMPLES * self._weight
+        return min(max((found + prior * PRIOR[match]) / (asked + prior), 1e-4), 0.995)
 
     def _append(self, token: int) -> None:
         text = self._text

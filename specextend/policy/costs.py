@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from statistics import median
 
 import numpy as np
@@ -13,9 +15,11 @@ REPEATS = 3
 SHORT = 256  # tokens of the shorter context that verifications are timed at
 LONGER = 1.5  # times the longest context that was timed: beyond it they are timed anew
 TOO_DEAR = 5.0  # verifications that cost so many times that of one token are not measured: no tree is worth them
-RECENT = 9  # rounds whose clocks correct what was measured
-FORGETS = 0.95  # weight of the last round's drafting when the next one is known
-TRUST = np.diag([1.0, 16.0])  # squares of samples that the measured seconds of reading and of a level stand for
+RECENT = 9  # rounds whose clocks are remembered
+FORGETS = 0.95  # weight of the last round's clocks when the next ones are known
+TRUST_IN_DRAFT = 1.0, 16.0  # squares of samples that the measured seconds of reading and of a level stand for
+TRUST_IN_CURVE = 0.2, 4.0  # rounds that the curve stands for, and that its step to trees does
+JUMP = 1.5  # times what was expected: an interrupted verification counts as no more than that
 
 
 class Curve:
@@ -31,9 +35,9 @@ class Curve:
         self, rows: Sequence[int], contexts: tuple[int, int], seconds: Sequence[Sequence[float]], *, only: bool = False
     ):
         self._rows, self._contexts, self._only = list(rows), contexts, only
-        self._seconds = np.asarray(seconds, dtype=float)
-        if not only:
-            self._seconds = np.maximum.accumulate(self._seconds, axis=1)  # noise is no discount
+        short, long = ([float(one) for one in each] for each in seconds)
+        self._seconds = (short, long) if only else (_rising(short), _rising(long))  # noise is no discount
+        self._asked: tuple[int, list[float]] = -1, []  # what is usable at the context that was asked for last
 
     @property
     def longest(self) -> int:
@@ -42,28 +46,44 @@ class Curve:
 
     def size(self, rows: int, context: int) -> int:
         """The cheapest of the measured sizes that hold `rows` rows; the largest where none does."""
+        at = self._at(context)
         fit = [index for index, size in enumerate(self._rows) if size >= rows] or [len(self._rows) - 1]
-        return self._rows[min(fit, key=lambda index: self._at(context)[index])]
+        return self._rows[min(fit, key=at.__getitem__)]
+
+    def at(self, rows: int, context: int) -> float:
+        """Seconds for `rows` rows behind `context` tokens."""
+        return self._between(rows, self._usable(context))
 
     def upto(self, rows: int, context: int) -> NDArray[np.float64]:
         """Seconds for 1, 2, ..., `rows` rows behind `context` tokens."""
-        at = self._at(context)
-        wanted = np.arange(1, rows + 1)
-        if self._only:
-            cheapest = np.minimum.accumulate(at[::-1])[::-1]
-            cheapest[0] = at[0]  # of one row: the step that does not speculate, whatever else would do
-            return np.append(cheapest, np.inf)[np.searchsorted(self._rows, wanted)]
-        at = np.maximum.accumulate(at)
-        inside = np.interp(wanted, self._rows, at)
-        if len(self._rows) > 1:  # beyond the last one as between the last two
-            slope = (at[-1] - at[-2]) / (self._rows[-1] - self._rows[-2])
-            inside = np.where(wanted > self._rows[-1], at[-1] + slope * (wanted - self._rows[-1]), inside)
-        return inside
+        usable = self._usable(context)
+        return np.array([self._between(count, usable) for count in range(1, rows + 1)])
 
-    def _at(self, context: int) -> NDArray[np.float64]:
-        short, long = self._contexts
-        share = (context - short) / (long - short) if long > short else 1.0
-        return np.maximum(self._seconds[0] + share * (self._seconds[1] - self._seconds[0]), 1e-9)
+    def _between(self, rows: int, usable: list[float]) -> float:
+        known = self._rows
+        index = bisect_left(known, rows)
+        if self._only:
+            return usable[index] if index < len(known) else float("inf")
+        if rows <= known[0] or len(known) == 1:
+            return usable[0]
+        index = min(index, len(known) - 1)  # beyond the last one as between the last two
+        slope = (usable[index] - usable[index - 1]) / (known[index] - known[index - 1])
+        return usable[index] + slope * (rows - known[index])
+
+    def _usable(self, context: int) -> list[float]:
+        """Seconds by measured rows: of the cheapest size that holds them, or never less than of fewer."""
+        if self._asked[0] != context:
+            at = self._at(context)
+            # of one row: the step that does not speculate, whatever else would do
+            usable = [at[0], *list(accumulate(reversed(at), min))[-2::-1]] if self._only else _rising(at)
+            self._asked = context, usable
+        return self._asked[1]
+
+    def _at(self, context: int) -> list[float]:
+        (short, long), share = self._contexts, 1.0
+        if long > short:
+            share = (context - short) / (long - short)
+        return [max(a + share * (b - a), 1e-9) for a, b in zip(*self._seconds, strict=True)]
 
 
 def measure_curve(
@@ -98,6 +118,32 @@ def measure_drafting(run: Callable[[int, int], float]) -> NDArray[np.float64]:
     return np.maximum(np.linalg.solve(samples, seconds), 1e-7)
 
 
+class TwoWeights:
+    """y = w0 x0 + w1 x1 by least squares that forget what is long ago, and fall back on what is believed anyway.
+
+    Args:
+        believed: both weights; trust: squares of samples that stand for each.
+    """
+
+    def __init__(self, believed: Sequence[float], trust: Sequence[float]):
+        (first, second), (a, b) = believed, trust
+        self._trust = a, b, a * first, b * second
+        self._sums = 0.0, 0.0, 0.0, 0.0, 0.0
+        self._solve()
+
+    def learn(self, x0: float, x1: float, y: float) -> None:
+        new = x0 * x0, x0 * x1, x1 * x1, x0 * y, x1 * y
+        self._sums = tuple(FORGETS * old + one for old, one in zip(self._sums, new, strict=True))
+        self._solve()
+
+    def _solve(self) -> None:
+        a, b, d, first, second = self._sums
+        more_a, more_d, more_first, more_second = self._trust
+        a, d, first, second = a + more_a, d + more_d, first + more_first, second + more_second
+        scale = 1 / (a * d - b * b)
+        self.first, self.second = scale * (d * first - b * second), scale * (a * second - b * first)
+
+
 class Costs:
     """Seconds of everything in a round.
 
@@ -108,17 +154,24 @@ class Costs:
 
     def __init__(self, verify: Curve, draft: NDArray[np.float64]):
         self.verify_curve, self._measured = verify, draft
-        self._ratios: deque[float] = deque(maxlen=RECENT)
-        self._unread: deque[tuple[float, int, int]] = deque(maxlen=RECENT)  # what no ratio was made of yet
+        # seconds of a verification = speed x curve, and a share more where it is of a tree
+        self._correction = TwoWeights((1.0, 0.0), TRUST_IN_CURVE)
+        # seconds of drafting = reading + level x levels, a row counted as a part of a level
+        self._drafting = TwoWeights(draft[:2], TRUST_IN_DRAFT)
+        self._row_share = float(draft[2] / draft[1])
         self._rest: dict[bool, deque[float]] = {True: deque(maxlen=RECENT), False: deque(maxlen=RECENT)}
         self._refresh: deque[float] = deque(maxlen=RECENT)
-        # seconds of drafting = reading + level x levels, a row counted as a part of a level, by least squares that
-        # forget what is long ago and fall back on what was measured
-        self._normal, self._moment = np.zeros((2, 2)), np.zeros(2)
 
     def verify(self, slots: int, context: int) -> NDArray[np.float64]:
         """Seconds for verifying 1, 2, ..., `slots` slots."""
-        return self._correction * self.verify_curve.upto(slots, context)
+        seconds = self.verify_curve.upto(slots, context) * (self._correction.first + self._correction.second)
+        seconds[0] = self.verifying(1, context)
+        return seconds
+
+    def verifying(self, slots: int, context: int) -> float:
+        """Seconds for verifying `slots` slots."""
+        times = self._correction.first + (self._correction.second if slots > 1 else 0.0)
+        return self.verify_curve.at(slots, context) * times
 
     def size(self, slots: int, context: int) -> int:
         """The cheapest verification that was measured and holds so many slots."""
@@ -126,16 +179,16 @@ class Costs:
 
     def plain(self, context: int) -> float:
         """Seconds of a round that does not speculate."""
-        return float(self.verify(1, context)[0]) + _median(self._rest[False])
+        return self.verifying(1, context) + _median(self._rest[False])
 
     def draft(self, levels: int, rows: int) -> float:
         """Seconds of drafting `levels` levels with `rows` rows together, the root's not counted."""
-        return float(max(self._weights @ self._sample(levels, rows), 0.0))
+        return max(self._drafting.first + self._drafting.second * self._levels(levels, rows), 0.0)
 
     @property
     def level(self) -> float:
         """Seconds of one more level, its rows not counted."""
-        return float(max(self._weights[1], 0.0))
+        return max(self._drafting.second, 0.0)
 
     @property
     def row(self) -> float:
@@ -159,7 +212,7 @@ class Costs:
             passes: rows of each level drafted; None: it did not speculate.
             slots: verified.
         """
-        self._unread.append((seconds["verify"], slots, context))
+        self._learn_verification(seconds["verify"], slots, context)
         rest = seconds.get("accept", 0.0) + max(seconds.get("host", 0.0), 0.0)
         if passes is None:
             self._rest[False].append(rest + seconds["draft"])
@@ -167,28 +220,22 @@ class Costs:
         if "retrieve" in seconds:
             self._refresh.append(seconds["retrieve"])
         self._rest[True].append(rest)
-        sample = self._sample(len(passes), sum(passes))
-        took = min(seconds["draft"], 4 * float(self._weights @ sample))  # an interrupted round is no measure
-        self._normal = FORGETS * self._normal + np.outer(sample, sample)
-        self._moment = FORGETS * self._moment + sample * took
+        levels, rows = len(passes), sum(passes)
+        took = min(seconds["draft"], 4 * self.draft(levels, rows))  # an interrupted round is no measure
+        self._drafting.learn(1.0, self._levels(levels, rows), took)
 
-    @property
-    def _correction(self) -> float:
-        while self._unread:
-            took, slots, context = self._unread.popleft()
-            self._ratios.append(took / float(self.verify_curve.upto(slots, context)[-1]))
-        return _median(self._ratios) or 1.0
+    def _learn_verification(self, took: float, slots: int, context: int) -> None:
+        expected = self.verifying(slots, context)
+        took = min(max(took, expected / JUMP), expected * JUMP)
+        self._correction.learn(1.0, float(slots > 1), took / self.verify_curve.at(slots, context))
 
-    @property
-    def _weights(self) -> NDArray[np.float64]:
-        return np.linalg.solve(self._normal + TRUST, self._moment + TRUST @ self._measured[:2])
+    def _levels(self, levels: int, rows: int) -> float:
+        return levels + rows * self._row_share
 
-    @property
-    def _row_share(self) -> float:
-        return float(self._measured[2] / self._measured[1])
 
-    def _sample(self, levels: int, rows: int) -> NDArray[np.float64]:
-        return np.array([1.0, levels + rows * self._row_share])
+def _rising(values: Iterable[float]) -> list[float]:
+    """Each value, and never less than the one before."""
+    return list(accumulate(values, max))
 
 
 def _median(values: Iterable[float]) -> float:

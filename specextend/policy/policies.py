@@ -42,8 +42,8 @@ class Outcome:
     Attributes:
         drafted: the draft's own tree, None if it drafted nothing.
         passes: rows of each level that the draft ran on, the root's not counted; None if it did not run.
-        tree: with its branch, before the cut.
         branch: [m] log-probabilities of the lookup branch.
+        promised: draft tokens that the verified tree was expected to have accepted.
         verified: slots.
         tokens: the target's, the bonus token last.
         seconds: by stage.
@@ -52,8 +52,8 @@ class Outcome:
 
     drafted: HostTree | None
     passes: Sequence[int] | None
-    tree: HostTree
     branch: NDArray[np.float64]
+    promised: float
     verified: int
     tokens: list[int]
     seconds: dict[str, float]
@@ -76,8 +76,8 @@ class Policy(Protocol):
     def spares(self, branch: NDArray[np.float64]) -> bool:
         """Whether a branch with these log-probabilities [m] leaves the draft too little to be worth its time."""
 
-    def cut(self, tree: HostTree, context: int) -> HostTree:
-        """What of a tree is verified; the root alone if nothing is worth it."""
+    def size(self, reach: NDArray[np.float64], context: int) -> int:
+        """How many of the nodes with these log-probabilities are verified, the most probable ones."""
 
     def learn(self, outcome: Outcome) -> None:
         """Take notice of a finished round."""
@@ -100,8 +100,8 @@ class FixedTree:
     def spares(self, branch: NDArray[np.float64]) -> bool:
         return False
 
-    def cut(self, tree: HostTree, context: int) -> HostTree:
-        return tree
+    def size(self, reach: NDArray[np.float64], context: int) -> int:
+        return len(reach)
 
     def learn(self, outcome: Outcome) -> None:
         pass
@@ -160,23 +160,23 @@ class PricedTree:
         return min(max(nodes, 1), most_nodes), most_levels
 
     def spares(self, branch: NDArray[np.float64]) -> bool:
+        if not len(branch):
+            return False
         left = self._mass.copy()  # what the draft finds where the branch is wrong
         left[: len(branch)] *= 1 - np.exp(branch[: len(left)])
-        return len(branch) > 0 and float(left.sum()) < self._price * self._drafting
+        return float(left.sum()) < self._price * self._drafting
 
     def earned(self, branch: NDArray[np.float64], context: int) -> float:
         """Tokens that a branch with these log-probabilities gains beyond the time of its slots."""
         return float(self._gains(branch, context).max())
 
-    def cut(self, tree: HostTree, context: int) -> HostTree:
-        return tree.most_probable(self.size(tree.reach[1:], context))
-
     def size(self, reach: NDArray[np.float64], context: int) -> int:
-        """How many of the nodes with these log-probabilities are verified, the most probable ones."""
         return int(self._gains(np.sort(reach)[::-1], context).argmax())
 
     def _gains(self, reach: NDArray[np.float64], context: int) -> NDArray[np.float64]:
         """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots."""
+        if not len(reach):
+            return np.zeros(1)
         reach = reach[: self._bounds[0]]
         verify = self.costs.verify(len(reach) + 1, context)
         # costs are a staircase: look at every size, never stop at the first that does not pay
@@ -197,9 +197,8 @@ class PricedTree:
             return
         self._learn_shape(drafted.depth, np.exp(drafted.reach), levels, rows)
         self._learn_acceptance(drafted, outcome.tokens)
-        best = np.sort(outcome.tree.reach[1:])[::-1][: outcome.verified - 1]
         # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
-        came = (1.0 + float(np.exp(best).sum()) + tokens) / 2
+        came = (1.0 + outcome.promised + tokens) / 2
         self._learn_gain(came - worth - self.earned(outcome.branch, context))
 
     def _set_price(self, context: int) -> None:
@@ -210,7 +209,7 @@ class PricedTree:
 
     def _seconds_of(self, verified: int, passes: Sequence[int] | None, context: int) -> float:
         """What a round costs by all that is known; its own clock would tell of the machine's moods, too."""
-        verify = float(self.costs.verify(verified, context)[-1])
+        verify = self.costs.verifying(verified, context)
         if passes is None:
             return verify + self.costs.rest(False)
         draft = self.costs.draft(len(passes), sum(passes))

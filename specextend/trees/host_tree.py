@@ -33,11 +33,6 @@ class HostTree:
         ids = (one.cpu().numpy() for one in (tree.tokens, tree.parents, tree.depth))
         return cls(*ids, *(one.double().cpu().numpy() for one in (tree.logprobs, tree.reach)))
 
-    @classmethod
-    def root(cls, token: int) -> HostTree:
-        """The tree of `token` alone."""
-        return cls(np.array([token]), np.array([-1]), np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1))
-
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -81,6 +76,10 @@ class HostTree:
         renumber[kept] = np.arange(len(kept))
         cut = (one[kept] for one in (self.tokens, renumber[self.parents], self.depth, self.logprobs, self.reach))
         return HostTree(*cut)
+
+    def expected(self, nodes: int) -> float:
+        """Draft tokens that are expected to be accepted if the `nodes` most probable nodes are verified."""
+        return float(np.exp(np.sort(self.reach[1:])[::-1][:nodes]).sum())
 
     def ancestors(self) -> NDArray[np.bool_]:
         """[T, T]: who lies on the path from the root to whom, as in `DraftTree`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.analysis.replay import RECORDED, FixedTree, Recorder, load, machines, policies, record, replay, save
+from scripts.analysis.replay import FixedTree, load, machines, policies, record, replay, save
 from specextend.config import SpecExtendConfig, TreeConfig
 from specextend.trees.growth import Growth
 
@@ -26,12 +26,6 @@ def test_a_replay_makes_the_rounds_that_the_engine_makes(make_model, perturbed, 
     assert output.tokens == result.token_ids
     score = replay(FixedTree(tree), output, next(iter(machines().values())))
     assert (score.tokens, score.rounds) == (39, len(result.rounds))
-
-
-def test_recorders_verify_nothing_and_keep_every_tree():
-    recorder = Recorder()
-    tree = OUTPUTS[0].trees[0]
-    assert recorder.plan(5) == RECORDED and len(recorder.cut(tree, 5)) == 1 and recorder.trees == [tree]
 
 
 @pytest.mark.parametrize("machine", machines())
