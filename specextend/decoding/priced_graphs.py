@@ -248,7 +248,7 @@ class PricedGraphs(GraphBackend):
             return self._seconds_of(lambda: self._draft.draft(self._run))
 
         thresholds = math.inf, -math.inf  # no level after the first, every level
-        reading, every = np.median([[drafting(one) for one in thresholds] for _ in range(REPEATS)], axis=0)
+        reading, every = np.min([[drafting(one) for one in thresholds] for _ in range(REPEATS)], axis=0)
         level = (every - reading) / max(self._config.tree.max_depth - 1, 1)
         return np.array([reading, max(level, 1e-7), 0.0])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +19,9 @@ from specextend.drafting.ngrams import LONGEST_NGRAM
 LONGEST_MATCH = 16  # tokens; a longer match promises no more
 PLACES = 4  # earlier places of the newest n-gram of which the longest match is taken
 GROWTH = 2 ** (1 / 256)  # of a sample's weight from token to token: half of it is left after 256
-PRIOR_SAMPLES = 3.0
-PRIOR = np.interp(np.arange(LONGEST_MATCH + 1), (0, 1, 2, 3, 6, 10, 16), (0.0, 0.1, 0.3, 0.45, 0.65, 0.8, 0.9)).tolist()
-LEAST = 0.05  # probability of the first token below which there is no branch
+PRIOR_SAMPLES = 2.0
+PRIOR = np.interp(np.arange(LONGEST_MATCH + 1), (0, 1, 2, 3, 6, 10, 16), (0.0, 0.1, 0.2, 0.3, 0.5, 0.65, 0.8)).tolist()
+LEAST, LAST = 0.05, 0.01  # probability of the first token below which there is no branch, and of its end
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,18 @@ class LookupBranch(NoBranch):
 
     def look(self) -> Branch:
         """What followed the longest earlier match of the newest tokens; nothing where that promises nothing."""
-        if not self._match or self._expected(self._match) < LEAST:
+        reach, chance, match = [], 1.0, self._match
+        while match and len(reach) < self._length:
+            chance *= self._expected(match)
+            if chance < (LAST if reach else LEAST):
+                break
+            reach.append(math.log(chance))
+            match = min(match + 1, LONGEST_MATCH)
+        if not reach:
             return NOTHING
-        matches = range(self._match, self._match + self._length)
-        reach = accumulate(math.log(self._expected(min(match, LONGEST_MATCH))) for match in matches)
         period = len(self._text) - self._after  # a text that repeats itself goes on as it did
-        tokens = [self._text[self._after + index % period] for index in range(self._length)]
-        return Branch(tokens, np.fromiter(reach, float))
+        tokens = [self._text[self._after + index % period] for index in range(len(reach))]
+        return Branch(tokens, np.array(reach))
 
     def _expected(self, match: int) -> float:
         """Probability that the next token is the one that followed, behind a match of so many tokens."""

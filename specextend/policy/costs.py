@@ -18,7 +18,7 @@ TOO_DEAR = 5.0  # verifications that cost so many times that of one token are no
 RECENT = 9  # rounds whose clocks are remembered
 FORGETS = 0.95  # weight of the last round's clocks when the next ones are known
 TRUST_IN_DRAFT = 1.0, 16.0  # squares of samples that the measured seconds of reading and of a level stand for
-TRUST_IN_CURVE = 0.2, 4.0  # rounds that the curve stands for, and that its step to trees does
+TRUST_IN_CURVE = 0.2, 1.5  # rounds that the curve stands for, and that its step to trees does
 JUMP = 1.5  # times what was expected: an interrupted verification counts as no more than that
 
 
@@ -89,9 +89,9 @@ class Curve:
 def measure_curve(
     run: Callable[[int, int], float], rows: Sequence[int], contexts: tuple[int, int], *, only: bool = False
 ) -> Curve:
-    """The curve of a step that `run(rows, context)` runs and times, in seconds; medians of a few turns.
+    """The curve of a step that `run(rows, context)` runs and times, in seconds; the best of a few turns.
 
-    Rows take turns, so that a machine which slows down does so for all of them.
+    What disturbs a machine makes steps slower, never faster. Rows take turns, so that it does so for all of them.
     """
     run(rows[0], contexts[1])
     kept = [rows[0]]
@@ -101,7 +101,7 @@ def measure_curve(
         if run(count, contexts[1]) > TOO_DEAR * first:
             break
     turns = [[[run(count, context) for count in kept] for context in contexts] for _ in range(REPEATS)]
-    return Curve(kept, contexts, np.median(np.asarray(turns), axis=0), only=only)
+    return Curve(kept, contexts, np.min(np.asarray(turns), axis=0), only=only)
 
 
 def measure_drafting(run: Callable[[int, int], float]) -> NDArray[np.float64]:
@@ -113,7 +113,7 @@ def measure_drafting(run: Callable[[int, int], float]) -> NDArray[np.float64]:
     """
     trees = ((1, 4), (4, 4), (4, 16))
     run(*trees[-1])
-    seconds = np.median([[run(*tree) for tree in trees] for _ in range(REPEATS)], axis=0)
+    seconds = np.min([[run(*tree) for tree in trees] for _ in range(REPEATS)], axis=0)
     samples = np.array([[1, depth - 1, (depth - 1) * nodes] for depth, nodes in trees])
     return np.maximum(np.linalg.solve(samples, seconds), 1e-7)
 

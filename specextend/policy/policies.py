@@ -25,13 +25,15 @@ from specextend.trees.host_tree import HostTree
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
 GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
 FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
+HOPE = 0.7  # of what was believed before a prompt is left after it
 MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without speculation until it is tried again
+FIRST_PAUSE_WITHOUT_HOPE = 24  # where speculating did not pay for earlier prompts
 SETTLED = 16  # rounds of speculation after which the next pause is a short one again
 TRIAL, TRIAL_SHARE = 3, 0.7  # first rounds of speculation, and what of a plain round draft and slots may each cost
-INTEREST = 0.015  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
+INTEREST = 0.01  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
 MOST_CREDIT = 4.0  # tokens that speculating has gained and that later trials may lose
-MOST_DEBT = 3.0  # tokens that it may have lost, whatever it promises, before it pauses
+MOST_DEBT = 1.5  # tokens that it may have lost, whatever it promises, before it pauses
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
 
 
@@ -118,13 +120,18 @@ class PricedTree:
     def __init__(self, config: TreeConfig, costs: Costs, refresh_every: int):
         self._bounds = config.nodes, config.max_depth
         self.costs, self._refresh_every = costs, refresh_every
+        self._hope, self._gained = FIRST_GAIN, []
         self.begin()
 
     def begin(self) -> None:
         self.calibration = Calibration()
         self._tokens = self._seconds = 0.0
-        self._gain, self._tried = FIRST_GAIN, FIRST_ROUNDS
+        if self._gained:  # earlier prompts say how hopefully the next one begins, and nothing else of it
+            self._hope = HOPE * self._hope + (1 - HOPE) * float(np.mean(self._gained))
+        self._gain, self._tried, self._gained = self._hope, FIRST_ROUNDS, []
         self._wait, self._pause, self._speculated = 0, FIRST_PAUSE, 0
+        if self._hope <= 0:
+            self._wait = self._pause = FIRST_PAUSE_WITHOUT_HOPE
         self._balance = 0.0  # tokens that speculating has gained, or lost
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
         self._mass = FIRST_SHARE ** np.arange(1, self._bounds[1] + 1)  # tokens accepted of a draft's tree, by depth
@@ -168,19 +175,20 @@ class PricedTree:
 
     def earned(self, branch: NDArray[np.float64], context: int) -> float:
         """Tokens that a branch with these log-probabilities gains beyond the time of its slots."""
-        return float(self._gains(branch, context).max())
+        return max(self._gains(branch.tolist(), context))
 
     def size(self, reach: NDArray[np.float64], context: int) -> int:
-        return int(self._gains(np.sort(reach)[::-1], context).argmax())
-
-    def _gains(self, reach: NDArray[np.float64], context: int) -> NDArray[np.float64]:
-        """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots."""
-        if not len(reach):
-            return np.zeros(1)
-        reach = reach[: self._bounds[0]]
-        verify = self.costs.verify(len(reach) + 1, context)
+        gains = self._gains(sorted(reach.tolist(), reverse=True), context)
         # costs are a staircase: look at every size, never stop at the first that does not pay
-        return np.concatenate(([0.0], np.cumsum(np.exp(reach)))) - self._price * (verify - verify[0])
+        return max(range(len(gains)), key=gains.__getitem__)
+
+    def _gains(self, reach: list[float], context: int) -> list[float]:
+        """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots; in plain Python, for few."""
+        gains, accepted, alone = [0.0], 0.0, self.costs.verifying(1, context)
+        for nodes, chance in enumerate(reach[: self._bounds[0]], 1):
+            accepted += math.exp(chance)
+            gains.append(accepted - self._price * (self.costs.verifying(nodes + 1, context) - alone))
+        return gains
 
     def learn(self, outcome: Outcome) -> None:
         context, tokens, drafted = outcome.context, len(outcome.tokens), outcome.drafted
@@ -218,6 +226,7 @@ class PricedTree:
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
         gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
+        self._gained.append(gain)
         self._tried, self._speculated = min(self._tried + 1, GAIN_ROUNDS), self._speculated + 1
         if self._speculated == SETTLED:
             self._pause = FIRST_PAUSE

@@ -44,10 +44,10 @@ def test_a_branch_is_what_followed_a_match_and_the_longest_of_the_latest_places(
     latest = max(after for after, length in known.items() if length >= min(max(known.values()), 3))
     assert branch._match >= known[latest]
     if found.tokens:
-        endless = text + []
-        for index in range(5):
+        endless = [*text]
+        for index in range(len(found.tokens)):
             endless.append(endless[branch._after + index])
-        assert list(found.tokens) == endless[len(text) :]
+        assert list(found.tokens) == endless[len(text) :] and len(found.tokens) == len(found.reach) <= 5
         assert (np.diff(found.reach) <= 0).all() and (found.reach < 0).all()
 
 
