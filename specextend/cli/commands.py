@@ -266,7 +266,7 @@ def _workers(args: argparse.Namespace, make: Callable[[], Engines]) -> AbstractC
     if args.tensor_parallel:
         raise ConfigError("--ray and --tensor_parallel cannot be combined: a worker of Ray has one device")
     if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--ray needs Ray, which is not installed; run: pip install ray")
+        raise ConfigError("--ray needs Ray, which is not installed; run: pip install ray psutil")
     from specextend.evaluation.ray_workers import RayWorkers
 
     return RayWorkers(make, address=address, device=args.device, **given)

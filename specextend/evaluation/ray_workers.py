@@ -19,6 +19,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray advises
 
+import psutil
 import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
@@ -34,6 +35,7 @@ from specextend.models.checkpoints import one_line
 ATTEMPTS = 3
 OBJECT_STORE_BYTES = 128 << 20  # prompts and records are small
 ANSWER_S = 5.0  # for a cluster to take a connection
+END_S = 10.0  # for the processes of a cluster to end by themselves
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,13 @@ class RayWorkers:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if device not in ("auto", "cuda", "cpu"):
             raise ConfigError(f"device is {device!r} with Ray, which gives each worker its own GPU; use cuda or cpu")
-        self._make, self._started = make, 0
+        self._make, self._started, self._strangers = make, 0, set(_children())
         _join(address)
         seats = seats_of(
             ray.nodes(), use_gpus=device != "cpu", cpus_per_worker=cpus_per_worker, max_workers=max_workers
         )
         if not seats:
-            ray.shutdown()
+            self._leave()
             raise WorkerError(f"no host of the cluster has room for a worker of {cpus_per_worker or 1} cores")
         self._loading: dict[ray.ObjectRef, _Member] = {}
         self._ready: list[_Member] = []
@@ -114,7 +116,7 @@ class RayWorkers:
     def __exit__(self, *_: object) -> None:
         for member in [*self._ready, *self._loading.values()]:
             ray.kill(member.actor)
-        ray.shutdown()  # ends a cluster that `_join` started, leaves another
+        self._leave()
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._loading)
@@ -167,6 +169,13 @@ class RayWorkers:
                     queue.append(task)
             else:
                 yield task, record
+
+    def _leave(self) -> None:
+        """End a cluster that `_join` started with all its processes, which Ray does not always; leave another."""
+        started = [one for one in _children() if one not in self._strangers]
+        ray.shutdown()
+        for one in psutil.wait_procs(started, timeout=END_S)[1]:
+            one.kill()
 
     def _start(self, seat: Seat, deaths: int = 0) -> None:
         """Begin to load the models in a new worker."""
@@ -247,6 +256,11 @@ def _keep_to_cores(seat: Seat) -> None:
         )
     for thread in tasks.iterdir():
         os.sched_setaffinity(int(thread.name), cores)
+
+
+def _children() -> list[psutil.Process]:
+    """All processes that descend from this one."""
+    return psutil.Process().children(recursive=True)
 
 
 def _join(address: str | None) -> None:

@@ -75,7 +75,8 @@ def test_what_is_promised_follows_what_came_of_it():
 
 def test_a_text_that_repeats_itself_is_foretold_beyond_its_end():
     branch = LookupBranch(7)
-    branch.begin([5, 6, 5, 6, 5, 6])
+    branch.begin([5, 6])
+    branch.extend([5, 6] * 8)
     assert list(branch.look().tokens) == [5, 6, 5, 6, 5, 6, 5]
 
 

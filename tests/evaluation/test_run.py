@@ -423,7 +423,7 @@ def test_ray_is_neither_imported_nor_missed_unless_it_is_asked_for(eval_on_toys,
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
     for flags in (["--ray"], ["--ray_address", "auto"]):
-        with pytest.raises(ConfigError, match="not installed; run: pip install ray$"):
+        with pytest.raises(ConfigError, match="not installed; run: pip install ray psutil$"):
             eval_on_toys(*flags)
     with pytest.raises(ConfigError, match="--max_workers is of no use without --ray"):
         eval_on_toys("--max_workers", "2")
