@@ -46,7 +46,7 @@ from specextend.modeling.attention import NAME
 from specextend.models.loading import load_models
 from specextend.models.widen import SHAPES, widen
 
-PARTS = ("bandwidth", "kernels", "steps", "prefill", "trace", "eagle", "long")
+PARTS = ("bandwidth", "kernels", "steps", "slots", "prefill", "trace", "eagle", "long")
 SHAPE, DRAFT_SHAPE, LONG_SHAPE = SHAPES["vicuna_7b"], SHAPES["vicuna_68m"], SHAPES["llama31_8b"]
 SLOTS = TreeConfig(nodes=63, threshold=0.0)  # 64 with the root, and always ten levels
 CHAIN = TreeConfig(nodes=63, max_depth=63)
@@ -160,6 +160,17 @@ class Bench:
             own += cache_bytes(draft, length + working_tokens(engine.config.tree, engine.config.retrieval))
         figures["peak_extra_gb"] = (peak - own) / 1e9
         return figures
+
+    def slots(self) -> list[dict]:
+        """Milliseconds of a verification by its slots: what a policy chooses among. More must never cost less."""
+        rows = []
+        for length in (self.args.lengths[0], self.args.lengths[-1]):
+            for nodes in (95, 127):
+                engine = self.engine.with_config(tree=replace(TreeConfig.priced(), nodes=nodes))
+                for name, cost in self.replayed_ms(engine, self.prompt(length), 16).items():
+                    if name.startswith("verify") and (nodes == 127) == (name != "verify 96_ms"):
+                        rows.append({"tokens": length, "slots": int(name.split()[1].removesuffix("_ms")), "ms": cost})
+        return sorted(rows, key=lambda row: (row["tokens"], row["slots"]))
 
     def replayed_ms(self, engine: SpecExtend, prompt: Tensor, new_tokens: int) -> dict[str, float]:
         """Milliseconds of each captured step, by name, in the state that a generation leaves behind."""

@@ -79,17 +79,10 @@ class EagerBackend:
     def _learn(self) -> None:
         """Take notice of the last round."""
         passes = None if self._drafted is None else self._drafter.passes
+        seconds, slots = self._output.rounds[-1].seconds, len(self._tree)
+        branch = self._branch.reach
         self._policy.learn(
-            Outcome(
-                self._drafted,
-                passes,
-                self._branch.reach,
-                self._promised,
-                len(self._tree),
-                self._emitted,
-                self._output.rounds[-1].seconds,
-                self._context,
-            )  # fmt: skip
+            Outcome(self._drafted, passes, branch, self._promised, slots, self._emitted, seconds, self._context)
         )
         self._lookup.extend(self._emitted)
 

@@ -35,6 +35,7 @@ class Launch:
         depth: inner dimension per step.
         splits: programs that share the inner dimension of a tile.
         warps, stages: of a program.
+        rows: height of a tile that holds all rows, a power of two; 0: as `height_for` has it.
     """
 
     cols: int = 32
@@ -42,6 +43,7 @@ class Launch:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    rows: int = 0
 
 
 class Workspace:
@@ -125,14 +127,21 @@ def launch_for(kind: int, x: Tensor, columns: int, half: int = 0) -> Launch:
     return Launch(cols, depth, splits, stages=stages)
 
 
+def height_for(rows: int) -> int:
+    """Rows of a tile: Hopper's matrix unit takes 64 at once, and 32 cost more than 64 there."""
+    if rows == 1:
+        return 1
+    return 16 if rows <= 16 else 64 if rows <= 64 else 128
+
+
 def _run(
     kind: int, x: Tensor, weight: Tensor, workspace: Workspace, launch: Launch, tiles: int, norm: Norm | None,
     out: Tensor, *, residual: Tensor | None = None, where: Placement | None = None, cache: KeyValue | None = None,
     full: KeyValue | None = None, active: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, inner = x.shape
-    block = 1 if rows == 1 else min(128, max(16, triton.next_power_of_2(rows)))
-    assert rows <= 128 and weight.is_contiguous() and x.is_contiguous()
+    block = launch.rows or height_for(rows)
+    assert rows <= block and weight.is_contiguous() and x.is_contiguous()
     assert tiles * launch.splits * block * 2 * launch.cols <= workspace.parts.numel() or launch.splits == 1
     turn, cached = where or Placement(x, x, x), cache or KeyValue(out, out)
     _kernel[(tiles, launch.splits)](

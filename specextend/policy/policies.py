@@ -25,7 +25,7 @@ from specextend.trees.host_tree import HostTree
 RATE_MEMORY = 0.5 ** (1 / 32)  # weight of the last round's tokens and seconds when the next one is known
 GAIN_ROUNDS = 24  # that the mean of what speculating gained goes over
 FIRST_GAIN, FIRST_ROUNDS = 0.5, 4  # tokens per round that speculating is believed to gain, as if so many had shown it
-HOPE = 0.7  # of what was believed before a prompt is left after it
+HOPE = 0.5  # of what was believed before a prompt is left after it
 MOST_GAIN = 2.0  # tokens
 FIRST_PAUSE, LONGEST_PAUSE = 8, 128  # rounds without speculation until it is tried again
 FIRST_PAUSE_WITHOUT_HOPE = 24  # where speculating did not pay for earlier prompts
@@ -143,10 +143,10 @@ class PricedTree:
 
     def plan(self, context: int) -> Growth | None:
         self._balance += INTEREST
+        self._set_price(context)  # whether or not the draft pauses: the branch has its price, too
         if self._wait:
             self._wait -= 1
             return None
-        self._set_price(context)
         nodes = self._bounds[0]
         verify = self.costs.verify(nodes + 1, context)
         slot = float(np.min((verify[1:] - verify[0]) / np.arange(1, nodes + 1)))  # the cheapest way to one more
@@ -205,9 +205,10 @@ class PricedTree:
             return
         self._learn_shape(drafted.depth, np.exp(drafted.reach), levels, rows)
         self._learn_acceptance(drafted, outcome.tokens)
+        gain = tokens - worth - self.earned(outcome.branch, context)
+        self._gained.append(min(max(gain, -MOST_GAIN), MOST_GAIN))
         # what a tree promises is less noisy than what comes of it, and slower to notice that the text has changed
-        came = (1.0 + outcome.promised + tokens) / 2
-        self._learn_gain(came - worth - self.earned(outcome.branch, context))
+        self._learn_gain(gain + (1.0 + outcome.promised - tokens) / 2)
 
     def _set_price(self, context: int) -> None:
         plain = self.costs.plain(context)
@@ -226,7 +227,6 @@ class PricedTree:
     def _learn_gain(self, gain: float) -> None:
         """Whether the next rounds speculate, after one that gained `gain` tokens over autoregressive decoding."""
         gain = min(max(gain, -MOST_GAIN), MOST_GAIN)  # one round is not to outweigh ten others
-        self._gained.append(gain)
         self._tried, self._speculated = min(self._tried + 1, GAIN_ROUNDS), self._speculated + 1
         if self._speculated == SETTLED:
             self._pause = FIRST_PAUSE

@@ -178,6 +178,25 @@ def test_a_new_prompt_begins_without_what_the_last_one_taught():
     assert np.array_equal(policy.calibration.table, Calibration().table)
 
 
+def test_a_prompt_after_hopeless_ones_begins_with_a_pause_and_a_price():
+    policy = dear()
+    for _ in range(4):
+        rounds(policy, accepts=False, count=60)
+        policy.begin()
+    assert policy.plan(100) is None and policy.price >= 1 / policy.costs.plain(100)
+    assert policy.size(np.log([0.05, 0.04]), 100) == 0 < policy.size(np.log([0.9, 0.8]), 100)
+    assert any(rounds(policy, accepts=True, count=60))  # and finds out that this one is different
+
+
+def test_a_branch_that_says_it_all_spares_the_draft():
+    policy = dear()
+    rounds(policy, accepts=True, count=40)
+    assert policy.plan(100) is not None
+    assert (
+        policy.spares(np.log([0.99] * 6)) and not policy.spares(np.log([0.2, 0.1])) and not policy.spares(np.empty(0))
+    )
+
+
 # ---- the tokens
 
 
