@@ -170,9 +170,9 @@ def test_a_draft_that_is_right_is_never_given_up_and_one_that_becomes_right_is_f
     assert np.mean(rounds(policy, accepts=True, count=100)) > 0.9
 
 
-def test_a_new_prompt_begins_without_what_the_last_one_taught():
+def test_a_new_prompt_begins_without_what_the_last_one_taught_of_its_text():
     policy = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
-    rounds(policy, accepts=False, count=100)
+    rounds(policy, accepts=True, count=100)
     policy.begin()
     assert policy.plan(100) is not None
     assert np.array_equal(policy.calibration.table, Calibration().table)
