@@ -120,6 +120,9 @@ def _workers(on_host: list[int]) -> str:
 
 
 def _tree(tree: dict[str, Any]) -> str:
+    if tree.get("rule") == "price":
+        branch = ", one branch looked up in the text" if tree.get("lookup_branch") else ""
+        return f"priced, at most {tree['nodes']} nodes, depth {tree['max_depth']}{branch}"
     floor = tree.get("min_probability")
     text = f"{tree['nodes']} nodes, depth {tree['max_depth']}, threshold {tree['threshold']:g}"
     return f"{text}, nodes reached with at least {floor:g}" if floor else text

@@ -138,7 +138,8 @@ class ConsoleReporter:
 
 def _shown(tree: TreeConfig) -> str:
     if tree.rule == "price":
-        return f"trees priced by their time, at most {tree.nodes} nodes, depth {tree.max_depth}"
+        branch = ", one branch looked up in the text" * tree.lookup_branch
+        return f"trees priced by their time, at most {tree.nodes} nodes, depth {tree.max_depth}{branch}"
     return f"tree of {tree.nodes} nodes, depth {tree.max_depth}, threshold {tree.threshold}"
 
 
