@@ -28,6 +28,8 @@ class Method:
         switches: fields of `SpecExtendConfig` in which it differs from standard decoding.
         chain: its draft length, for methods that draft chains; None takes the run's tree.
         chunk_size: its own chunks, as many as fill the run's working cache; None takes the run's.
+        looks_up: takes the lookup branch of the run's tree, which is no part of what others are known for; whoever
+            asks for it by name has it with any method.
         label: its name in figures.
     """
 
@@ -35,6 +37,7 @@ class Method:
     switches: Mapping[str, Any] = field(default_factory=dict)
     chain: TreeConfig | None = None
     chunk_size: int | None = None
+    looks_up: bool = False
     label: str = ""
 
     @property
@@ -46,6 +49,8 @@ class Method:
         """Its setting in a run with this tree and this retrieval."""
         if self.chunk_size is not None:
             retrieval = _rechunked(retrieval, self.chunk_size)
+        if not self.looks_up:
+            tree = replace(tree, lookup_branch=False)
         return SpecExtendConfig(**self.switches, tree=self.chain or tree, retrieval=retrieval)
 
 
@@ -82,7 +87,9 @@ METHODS = {
         FAST | {"draft_cache": "streaming"},
         label="+ FA + HTA + StreamingLLM",
     ),
-    "specextend": Method("all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}, label="SpecExtend"),
+    "specextend": Method(
+        "all three parts of SpecExtend", FAST | {"draft_cache": "retrieval"}, looks_up=True, label="SpecExtend"
+    ),
     "magicdec": Method(
         "self-speculation: the target over sink + window of its own cache",
         FAST | {"draft_cache": "streaming", "drafting": "self"},
