@@ -49,9 +49,11 @@ class Method:
         """Its setting in a run with this tree and this retrieval."""
         if self.chunk_size is not None:
             retrieval = _rechunked(retrieval, self.chunk_size)
-        if not self.looks_up:
-            tree = replace(tree, lookup_branch=False)
-        return SpecExtendConfig(**self.switches, tree=self.chain or tree, retrieval=retrieval)
+        return SpecExtendConfig(**self.switches, tree=self.tree(tree), retrieval=retrieval)
+
+    def tree(self, tree: TreeConfig) -> TreeConfig:
+        """What it makes of the run's tree."""
+        return self.chain or (tree if self.looks_up else replace(tree, lookup_branch=False))
 
 
 def _rechunked(retrieval: RetrievalConfig, size: int) -> RetrievalConfig:

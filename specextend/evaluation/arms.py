@@ -44,7 +44,7 @@ class Arm:
     def config(self, base: SpecExtendConfig, *, keeps_rule: bool = False) -> SpecExtendConfig:
         """Its setting, where `base` is that of its method in the run; `keeps_rule`: whatever bounds it gives."""
         if self.tree:
-            base = replace(base, tree=TREES[self.tree])
+            base = replace(base, tree=find_method(self.method).tree(TREES[self.tree]))
         parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
         for name, value in self.settings.items():
             parts[OWNER[name]][name] = value

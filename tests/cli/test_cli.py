@@ -121,7 +121,8 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
 
 
 def test_trees_are_priced_on_a_cpu_unless_a_flag_gives_a_bound_or_the_target_is_shared():
-    assert config_of().tree == config_of("--use_specextend").tree == TreeConfig.priced()
+    assert config_of("--use_specextend").tree == TreeConfig.priced()
+    assert config_of().tree == replace(TreeConfig.priced(), lookup_branch=False)  # standard decoding has none
     assert config_of("--nodes", "9").tree == TreeConfig(nodes=9)
     assert config_of("--threshold", "0.3").tree == TreeConfig(threshold=0.3)
     assert config_of("--tree", "paper").tree == TreeConfig()
@@ -129,11 +130,21 @@ def test_trees_are_priced_on_a_cpu_unless_a_flag_gives_a_bound_or_the_target_is_
 
 
 def test_priced_trees_are_a_flag_and_take_no_bounds_but_their_size():
-    assert config_of("--tree", "price").tree == TreeConfig.priced()
-    assert config_of("--tree", "price", "--nodes", "9").tree == replace(TreeConfig.priced(), nodes=9)
+    priced = ("--use_specextend", "--tree", "price")
+    assert config_of(*priced).tree == TreeConfig.priced()
+    assert config_of(*priced, "--nodes", "9").tree == replace(TreeConfig.priced(), nodes=9)
     with pytest.raises(ConfigError, match="threshold is 0.3; priced trees have no such bound"):
         config_of("--tree", "price", "--threshold", "0.3")
     assert config_of("--method", "prompt_lookup", "--tree", "price").tree.rule == "fixed"  # chains have their own
+
+
+def test_a_branch_is_asked_for_with_any_method_that_prices_trees_and_is_no_bound():
+    without = replace(TreeConfig.priced(), lookup_branch=False)
+    assert config_of("--use_specextend", "--no-lookup_branch").tree == without
+    assert config_of("--method", "fa_hta", "--lookup_branch").tree == TreeConfig.priced()
+    assert config_of("--use_specextend", "--nodes", "9", "--no-lookup_branch").tree == TreeConfig(nodes=9)
+    with pytest.raises(ConfigError, match="lookup_branch is True; it has a place in priced trees alone"):
+        config_of("--tree", "paper", "--lookup_branch")
 
 
 def test_sampling_flags_become_the_sampling_setting():

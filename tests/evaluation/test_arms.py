@@ -49,7 +49,18 @@ def test_tree_says_where_the_settings_of_a_tree_begin():
     assert read_arm("specextend:tree=price").config(run).tree == TREES["price"]
     assert read_arm("specextend:tree=price,nodes=20").config(run).tree == replace(TREES["price"], nodes=20)
     assert read_arm("specextend:tree=paper").config(run).tree == TreeConfig()
+    without = replace(TREES["price"], lookup_branch=False)
+    assert read_arm("specextend:tree=price,lookup_branch=false").config(run).tree == without
+    assert read_arm("fa_hta:tree=price").config(run).tree == without
+    assert read_arm("fa_hta:tree=price,lookup_branch=true").config(run).tree == TREES["price"]
+    assert read_arm("fa_hta:tree=price,lookup_branch=true").name == "fa_hta:tree=price,lookup_branch=true"
     assert read_arm("specextend:nodes=20").config(run).tree == replace(run.tree, nodes=20)
+
+
+def test_bounds_without_a_tree_take_the_place_of_priced_ones_unless_the_run_named_them():
+    run = replace(BASES["specextend"], tree=TREES["price"])
+    assert read_arm("specextend:nodes=20").config(run).tree == TreeConfig(nodes=20)
+    assert read_arm("specextend:nodes=20").config(run, keeps_rule=True).tree == replace(TREES["price"], nodes=20)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +76,7 @@ def test_tree_says_where_the_settings_of_a_tree_begin():
         ("specextend:top_k=8,top_k=9", "top_k is there twice"),
         ("specextend:top_k=8.5", "top_k is '8.5'; give a whole number"),
         ("specextend:threshold=low", "threshold is 'low'; give a number"),
+        ("specextend:tree=price,lookup_branch=1", "lookup_branch is '1'; give true or false"),
         ("specextend:tree=tall", "tree 'tall' is unknown; choose one of paper, price"),
         ("specextend:top_k=0", "arm specextend:top_k=0: retrieval top_k is 0; give a whole number from 1"),
         ("specextend:tree=price,threshold=0.5", "priced trees have no such bound"),
@@ -84,7 +96,7 @@ def test_every_arm_is_there_once():
         read_arms(["specextend:top_k=8,nodes=5", "standard", "specextend:nodes=5,top_k=8"])
     notes = []
     arms = read_arms(["standard", "specextend", "specextend:top_k=32", "specextend:top_k=8"])
-    configs = resolve(arms, lambda arm: BASES[arm.method], notes.append)
+    configs = resolve(arms, lambda arm: arm.config(BASES[arm.method]), notes.append)
     assert list(configs) == ["standard", "specextend", "specextend:top_k=8"]
     assert configs["specextend:top_k=8"].retrieval.top_k == 8
     assert notes == ["specextend:top_k=32 is left out: with these models it is the setting of specextend"]
