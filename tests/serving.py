@@ -51,7 +51,7 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def post(self, body: dict, path: str = "/v1/completions", **options) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return httpx.post(self.url + path, json=body, timeout=300, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         return self.worker.metrics.registry.get_sample_value(f"specextend_{name}", labels) or 0.0

@@ -94,7 +94,7 @@ def tokenizer(corpus: Path):
 def run_script(*arguments: object) -> subprocess.CompletedProcess:
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "scripts.train", "--device=cpu", "--no-compile", *flags]
-    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")
