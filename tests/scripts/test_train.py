@@ -1,6 +1,7 @@
 """The training script of the bundled pair, end to end on tiny models, and the parts whose mistakes would be silent."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,9 @@ def tokenizer(corpus: Path):
 def run_script(*arguments: object) -> subprocess.CompletedProcess:
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "scripts.train", "--device=cpu", "--no-compile", *flags]
-    return subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=1500)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other beside another test wait long
+    options = {"cwd": ROOT, "env": alone, "capture_output": True, "text": True, "timeout": 1500}
+    return subprocess.run([*command, *map(str, arguments)], **options)
 
 
 @pytest.fixture(scope="module")
