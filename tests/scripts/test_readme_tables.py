@@ -89,3 +89,36 @@ def test_standard_and_specextend_are_compared_on_the_prompts_that_both_answered(
         assert (accepted[column], speed[column]) == tuple(" → ".join(pair) for pair in cells)
         compared += 1
     assert compared >= 4
+
+
+def speedups(arm: str) -> dict[tuple[str, str], float]:
+    """Decoding over AR, mean of the prompts' own ratios, by temperature and length."""
+    lines = (ROOT / "results" / "cpu" / "policy" / "policy.jsonl").read_text().splitlines()
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in map(json.loads, lines[1:]):
+        own, alone = row["arms"][arm]["timing"], row["autoregressive"]["timing"]
+        ratio = own["decode_tokens_per_s"] / alone["decode_tokens_per_s"]
+        found.setdefault((f"{row['temperature']:g}", row["bucket"]), []).append(ratio)
+    assert {len(ratios) for ratios in found.values()} == {16}
+    return {cell: sum(ratios) / len(ratios) for cell, ratios in found.items()}
+
+
+PRICED = speedups("specextend:tree=price")
+TUNED = speedups("specextend:nodes=12,max_depth=8,threshold=0.35,min_probability=0.06")
+
+
+def test_speeds_of_priced_trees_are_means_of_the_prompts_ratios():
+    (table,) = [one for one in tables((ROOT / "docs" / "policy.md").read_text()) if "512" in one[0]]
+    for row in table:
+        temperature, tree = re.fullmatch(r"temperature ([\d.]+), (priced|12 nodes)", [*row.values()][0]).groups()
+        of = PRICED if tree == "priced" else TUNED
+        lengths = {name: value for name, value in row.items() if name in ("512", "1K", "4K")}
+        assert lengths == {name: f"{of[temperature, name]:.2f}" for name in ("512", "1K", "4K")}
+
+
+def test_what_the_readme_says_below_its_first_command_is_in_the_record():
+    said = r"decodes ([\d.]+) to ([\d.]+) times as fast as autoregressively at temperature 0, and ([\d.]+) to ([\d.]+)"
+    figures = re.search(said, " ".join((ROOT / "README.md").read_text().split())).groups()
+    for (low, high), temperature in zip((figures[:2], figures[2:]), ("0", "0.8"), strict=True):
+        cells = [value for (at, _), value in PRICED.items() if at == temperature]
+        assert (low, high) == (f"{min(cells):.1f}", f"{max(cells):.1f}")
