@@ -151,7 +151,7 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
         verified = nodes + 1
         rest = output.tokens[at + 1 :]
         tokens = rest[: 1 + (_accepted(drafted.most_probable(nodes), rest) if nodes else 0)]
-        seconds = {"draft": 0.0, "verify": float(costs.verify(verified, context)[-1]), "accept": 0.0, "host": 0.0}
+        seconds = {"draft": 0.0, "verify": costs.verifying(verified, context), "accept": 0.0, "host": 0.0}
         if grown is not None:
             seconds["draft"] = costs.draft(len(grown.passes), sum(grown.passes))
             if refresh and (score.rounds - score.plain_rounds) % every == 0:
@@ -162,7 +162,7 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
         )
         score.tokens += len(tokens)
         score.seconds += sum(seconds.values())
-        score.plain_seconds += sum(float(costs.verify(1, context + i)[0]) for i in range(len(tokens)))
+        score.plain_seconds += sum(costs.verifying(1, context + i) for i in range(len(tokens)))
         score.rounds += 1
         score.plain_rounds += drafted is None
         score.switches += (drafted is not None) != speculated

@@ -12,6 +12,7 @@ import os
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,9 @@ class RayWorkers:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if device not in ("auto", "cuda", "cpu"):
             raise ConfigError(f"device is {device!r} with Ray, which gives each worker its own GPU; use cuda or cpu")
-        self._make, self._started, self._strangers = make, 0, set(_children())
+        self._make, self._started, strangers = make, 0, set(_descendants(psutil.Process()))
         _join(address)
+        self._daemons = [one for one in _descendants(psutil.Process()) if one not in strangers]
         seats = seats_of(
             ray.nodes(), use_gpus=device != "cpu", cpus_per_worker=cpus_per_worker, max_workers=max_workers
         )
@@ -172,10 +174,11 @@ class RayWorkers:
 
     def _leave(self) -> None:
         """End a cluster that `_join` started with all its processes, which Ray does not always; leave another."""
-        started = [one for one in _children() if one not in self._strangers]
+        started = {other for one in self._daemons for other in (one, *_descendants(one))}
         ray.shutdown()
         for one in psutil.wait_procs(started, timeout=END_S)[1]:
-            one.kill()
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
     def _start(self, seat: Seat, deaths: int = 0) -> None:
         """Begin to load the models in a new worker."""
@@ -258,9 +261,11 @@ def _keep_to_cores(seat: Seat) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
-def _children() -> list[psutil.Process]:
-    """All processes that descend from this one."""
-    return psutil.Process().children(recursive=True)
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    """All processes that descend from `process`; none where it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
 
 
 def _join(address: str | None) -> None:

@@ -35,7 +35,6 @@ class Launch:
         depth: inner dimension per step.
         splits: programs that share the inner dimension of a tile.
         warps, stages: of a program.
-        rows: height of a tile that holds all rows, a power of two; 0: as `height_for` has it.
     """
 
     cols: int = 32
@@ -43,7 +42,6 @@ class Launch:
     splits: int = 1
     warps: int = 4
     stages: int = 4
-    rows: int = 0
 
 
 class Workspace:
@@ -140,7 +138,7 @@ def _run(
     full: KeyValue | None = None, active: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, inner = x.shape
-    block = launch.rows or height_for(rows)
+    block = height_for(rows)
     assert rows <= block and weight.is_contiguous() and x.is_contiguous()
     assert tiles * launch.splits * block * 2 * launch.cols <= workspace.parts.numel() or launch.splits == 1
     turn, cached = where or Placement(x, x, x), cache or KeyValue(out, out)
