@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from specextend.config import TreeConfig
-from specextend.kernels import elementwise, linear, reduce, scores, tree, tree_attention
+from specextend.kernels import elementwise, linear, prefill_attention, reduce, scores, tree, tree_attention
 from specextend.kernels.elementwise import KeyValue, Norm, Placement
 
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -55,6 +55,8 @@ def launch_all(rows: int) -> None:
         query, cache.keys, cache.values, length, words, 0.1, slots=rows, launch=launch, active=active
     )
     scores.attention_row(query, empty(32, rows, dtype=torch.float32), length, cache.keys, length, 0.1)
+    prompt = empty(1, 32, 8192, 128), empty(1, 8, 16384, 128), empty(1, 8, 16384, 128)
+    prefill_attention.prefill_attention(*prompt, 0.1)
     addresses = empty(2, dtype=torch.int64)
     signals = reduce.Signals(addresses, empty(128, dtype=torch.int32), 1)
     for hidden in (4096, 8192):

@@ -98,8 +98,7 @@ class GraphBackend:
             self._output.observer.accepted(places[path])
 
     def read(self) -> tuple[int, list[int]]:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        self._synchronise()
         drafted, count, *emitted = self._report.tolist()
         return drafted, emitted[:count]
 
@@ -230,7 +229,7 @@ class GraphBackend:
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 class CapturedSteps:

@@ -48,7 +48,8 @@ class PricedGraphs(GraphBackend):
         first = super().prefill(output)
         self._set_costs(output)
         self._policy.begin()
-        self._next: Growth | None = self._policy.plan(output.context)
+        self._decide()
+        self._verified: HostTree | None = None  # of this round
         self._learnable: Callable[..., Outcome] | None = None  # of the last round, once it has been read
         self._unread = 1  # tokens that were emitted and that the draft has not read
         self._working = self._slots.working or 0  # slots of the working cache that may be taken: it waits for a refresh
@@ -68,6 +69,7 @@ class PricedGraphs(GraphBackend):
             self._is_spared = policy.earned(self._branch.reach, output.context) > reading
         if self._is_spared:
             self._growth = Growth(1, 1, threshold=math.inf, calibration=policy.calibration)
+            self._put_bounds(self._growth)
         output.price = policy.price
 
     def refresh_is_due(self) -> bool:
@@ -88,35 +90,30 @@ class PricedGraphs(GraphBackend):
             if self._must_absorb:
                 self._run("absorb", self._draft.absorb)
                 self._read_by_draft(self._unread - 1)
-            self._size, drafted, passes, promised = 1, None, None, 0.0
+            self._size, self._verified, drafted, passes = 1, None, None, None
         else:
             self._speculated += not self._is_spared
-            self._put_bounds(self._growth)
             self._draft.draft(self._run)
             self._read_by_draft(self._unread)
             self._sheet.copy_(self._tree.sheet, non_blocking=True)
             self._synchronise()
             drafted, passes = self._read_sheet(), [self._tree.width] * max(int(self._sheet[0]) - 1, 0)
-            promised = self._cut(drafted)
+            self._cut(drafted)
         self._outcome = partial(
-            Outcome, None if self._is_spared else drafted, passes, self._branch.reach, promised, self._size
+            Outcome, None if self._is_spared else drafted, passes, self._branch.reach, verified=self._size
         )
         if self._output.observer:
             self._set_root(self._judged)
             self._output.observer.drafted(tree_of(self._judged))
 
-    def _cut(self, drafted: HostTree) -> float:
-        """Let a verification have the best of a tree and the branch; draft tokens that it is expected to accept."""
+    def _cut(self, drafted: HostTree) -> None:
+        """Let a verification have the best of a tree and the branch; the device waits for it."""
         context = self._output.context
         whole = drafted.joined(self._branch.tokens, self._branch.reach)
         needed = self._policy.size(whole.reach[1:], context) + 1
         self._size = max(self._policy.costs.size(needed, context), self._sizes[1])
-        if whole is drafted:
-            self._run(f"finish {self._size}", partial(self._finish, self._judged))
-        else:
-            kept = whole.most_probable(self._size - 1)
-            self._judged.put(kept.tokens, kept.parents, kept.depth, kept.ancestors())
-        return whole.expected(self._size - 1)
+        kept = self._verified = whole.most_probable(self._size - 1)
+        self._judged.put(kept.tokens, kept.parents, kept.depth, kept.ancestor_bits())
 
     def verify(self) -> None:
         super().verify()
@@ -137,9 +134,17 @@ class PricedGraphs(GraphBackend):
         output = self._output
         if self._learnable is not None:
             last = output.rounds[-1]
-            self._policy.learn(self._learnable(last.tokens, last.seconds, output.context - len(last.tokens)))
-        self._learnable = self._outcome
-        self._next = self._policy.plan(output.context)
+            context = output.context - len(last.tokens)
+            self._policy.learn(self._learnable(tokens=last.tokens, seconds=last.seconds, context=context))
+        promised = self._verified.expected(len(self._verified)) if self._verified else 0.0
+        self._learnable = partial(self._outcome, promised=promised)
+        self._decide()
+
+    def _decide(self) -> None:
+        """What the next round drafts; its bounds are on the device when the round begins."""
+        self._next = self._policy.plan(self._output.context)
+        if self._next is not None:
+            self._put_bounds(self._next)
 
     def _put_bounds(self, growth: Growth) -> None:
         floor = math.log(growth.floor) if growth.floor else -math.inf
@@ -149,10 +154,12 @@ class PricedGraphs(GraphBackend):
     def _read_sheet(self) -> HostTree:
         rows = self._sheet[1:].numpy().reshape(5, -1)
         used = rows[4] > -math.inf
-        tokens, parents, depth = rows[:3, used].astype(int)
-        parents[1:] = (np.cumsum(used) - 1)[parents[1:]]
+        rows = rows if used.all() else rows[:, used]
+        (tokens, parents, depth), logs = rows[:3].astype(int), rows[3:].astype(float)
+        if len(tokens) < len(used):
+            parents[1:] = (np.cumsum(used) - 1)[parents[1:]]
         tokens[0] = self._output.token_ids[-1]
-        return HostTree(tokens, parents, depth, *rows[3:, used].astype(float))
+        return HostTree(tokens, parents, depth, *logs)
 
     @property
     def _must_absorb(self) -> bool:
@@ -190,16 +197,10 @@ class PricedGraphs(GraphBackend):
 
     def _each_verdict(self, handle: Run) -> None:
         for size, nodes in self._parts.items():
-            if size > 1:
-                handle(f"finish {size}", partial(self._finish, nodes))
             handle(f"verify {size}", partial(self._verify, nodes))
             handle(f"accept {size}", partial(self._accept, nodes))
         self._tree.count.fill_(2)
         handle("absorb", self._draft.absorb)
-
-    def _finish(self, nodes: TreeNodes) -> None:
-        """The best of the draft's own tree."""
-        self._tree.finish(self._tree.root, nodes)
 
     def _set_root(self, nodes: TreeNodes) -> None:
         if nodes.slots == 1:

@@ -10,6 +10,7 @@ index is kept, as a stable sort would.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -327,6 +328,7 @@ class TreeNodes:
         self.slots = slots
         words = -(-slots // WORD)
         self._fields = _zeros(device, slots * (5 + words))  # one piece of memory, so that one copy fills it
+        self._staged = torch.zeros(len(self._fields), dtype=torch.int32, pin_memory=device.type == "cuda")
         self.tokens = self._fields[: 2 * slots].view(torch.int64)
         self.parents, self.depth, self.used = self._fields[2 * slots : 5 * slots].view(3, slots)
         self.ancestor_bits = self._fields[5 * slots :].view(slots, words)
@@ -357,15 +359,20 @@ class TreeNodes:
         self.count.fill_(1)
         self.newest.zero_()
 
-    def put(self, tokens: NDArray, parents: NDArray, depth: NDArray, ancestors: NDArray[np.bool_]) -> None:
-        """Hold a tree that the host has decided on: fields [T] and [T, T] as of `DraftTree`, T slots at most."""
-        count, fields = len(tokens), torch.zeros(len(self._fields), dtype=torch.int32, pin_memory=self._fields.is_cuda)
-        fields[: 2 * count].view(torch.int64).copy_(torch.from_numpy(tokens))
-        rows = fields[2 * self.slots : 5 * self.slots].view(3, self.slots)
-        rows[:, :count] = torch.from_numpy(np.stack((parents, depth, np.ones(count, dtype=depth.dtype))))
-        bits = pack_mask(torch.from_numpy(ancestors))
-        fields[5 * self.slots :].view(self.slots, -1)[:count, : bits.shape[1]] = bits
-        self._fields.copy_(fields, non_blocking=True)
+    def put(self, tokens: NDArray, parents: NDArray, depth: NDArray, ancestor_bits: Sequence[int]) -> None:
+        """Hold a tree that the host has decided on: fields [T] as of `HostTree`, T slots at most.
+
+        It is copied in the device's queue: put the next one when the host has waited for this one.
+        """
+        count, slots, size = len(tokens), self.slots, 4 * self.ancestor_bits.shape[1]
+        fields = self._staged.numpy()
+        fields[:] = 0
+        fields[: 2 * count].view(np.int64)[:] = tokens
+        rows = fields[2 * slots : 5 * slots].reshape(3, slots)
+        rows[0, :count], rows[1, :count], rows[2, :count] = parents, depth, 1
+        packed = b"".join([bits.to_bytes(size, "little") for bits in ancestor_bits])
+        fields[5 * slots :][: count * size // 4] = np.frombuffer(packed, dtype=np.int32)
+        self._fields.copy_(self._staged, non_blocking=True)
 
     @property
     def root(self) -> Tensor:
@@ -465,15 +472,15 @@ class TreeBuffers(TreeNodes):
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
         )  # fmt: skip
 
-    def finish(self, root: Tensor, tree: TreeNodes | None = None) -> None:
-        """The tree below `root` [] out of all levels; what fits into the slots of `tree`, where one is given."""
-        into, every = tree or self, len(self.all_scores)
+    def finish(self, root: Tensor) -> None:
+        """The tree below `root` [] out of all levels."""
+        every = len(self.all_scores)
         _tree[(1,)](
             root, self.all_tokens, self.all_parents, self.all_scores, self.all_given, self.all_ancestor_bits,
-            self.kept, self.order, into.tokens, into.parents, into.depth, into.used, into.ancestor_bits, self.sheet,
-            self.state, every, self.width, into.slots, CALIBRATED=self._is_calibrated and tree is None,
-            WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=into.ancestor_bits.shape[1],
-            ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(into.slots), num_warps=4,
+            self.kept, self.order, self.tokens, self.parents, self.depth, self.used, self.ancestor_bits, self.sheet,
+            self.state, every, self.width, self.slots, CALIBRATED=self._is_calibrated,
+            WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=self.ancestor_bits.shape[1],
+            ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ scores, as the paper's baseline does; `HybridAttention` runs the two parts apart
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface
 
 NAME = "specextend"
 SCORES_AT_ONCE = 1 << 24  # elements; a prefill's of one head may be more
+OWN_KERNEL_QUERIES = 128  # from so many on the newest tokens are read by our own kernel
 ONE_PASS_QUERIES = 128  # on a CPU; the mask of a prefill block would be as large as its scores
 
 
@@ -177,6 +179,11 @@ def newest_attention(
     Args:
         query: [B, H, T, D]; key, value: [B, H_kv, K, D]; where `has_flash_kernel`.
     """
+    if window is None and query.shape[2] >= OWN_KERNEL_QUERIES and importlib.util.find_spec("triton"):
+        from specextend.kernels.prefill_attention import is_supported, prefill_attention
+
+        if is_supported(query):
+            return prefill_attention(query, key, value, scaling)
     states = (part.transpose(1, 2) for part in (query, key, value))
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
         *states, None, None, query.shape[2], key.shape[2], 0.0, True, False, scale=scaling,

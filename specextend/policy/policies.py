@@ -34,6 +34,7 @@ TRIAL, TRIAL_SHARE = 3, 0.7  # first rounds of speculation, and what of a plain 
 INTEREST = 0.01  # tokens of every round that trials may lose: this share of autoregressive speed, and no more
 MOST_CREDIT = 4.0  # tokens that speculating has gained and that later trials may lose
 MOST_DEBT = 1.5  # tokens that it may have lost, whatever it promises, before it pauses
+NEAR = 32  # tokens of context between which verifications cost the same
 FIRST_SHARE = 0.6  # of a level's probability that the next one is believed to hold before that is known
 
 
@@ -132,6 +133,7 @@ class PricedTree:
         self._wait, self._pause, self._speculated = 0, FIRST_PAUSE, 0
         if self._hope <= 0:
             self._wait = self._pause = FIRST_PAUSE_WITHOUT_HOPE
+        self._slots: tuple[int, NDArray[np.float64]] = -NEAR - 1, np.empty(0)
         self._balance = 0.0  # tokens that speculating has gained, or lost
         self._share, self._price, self._rows = FIRST_SHARE, 0.0, 1.0
         self._mass = FIRST_SHARE ** np.arange(1, self._bounds[1] + 1)  # tokens accepted of a draft's tree, by depth
@@ -148,7 +150,8 @@ class PricedTree:
             self._wait -= 1
             return None
         nodes = self._bounds[0]
-        verify = self.costs.verify(nodes + 1, context)
+        self._slots = context, self.costs.verify(nodes + 1, context)
+        verify = self._slots[1]
         slot = float(np.min((verify[1:] - verify[0]) / np.arange(1, nodes + 1)))  # the cheapest way to one more
         level = self.costs.level + self.costs.row * self._rows
         nodes, depth = self._bounds_of_trial(verify, level, context) if self._speculated < TRIAL else self._bounds
@@ -175,20 +178,23 @@ class PricedTree:
 
     def earned(self, branch: NDArray[np.float64], context: int) -> float:
         """Tokens that a branch with these log-probabilities gains beyond the time of its slots."""
-        return max(self._gains(branch.tolist(), context))
+        return float(self._gains(branch, context).max())
 
     def size(self, reach: NDArray[np.float64], context: int) -> int:
-        gains = self._gains(sorted(reach.tolist(), reverse=True), context)
         # costs are a staircase: look at every size, never stop at the first that does not pay
-        return max(range(len(gains)), key=gains.__getitem__)
+        return int(self._gains(np.sort(reach)[::-1], context).argmax())
 
-    def _gains(self, reach: list[float], context: int) -> list[float]:
-        """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots; in plain Python, for few."""
-        gains, accepted, alone = [0.0], 0.0, self.costs.verifying(1, context)
-        for nodes, chance in enumerate(reach[: self._bounds[0]], 1):
-            accepted += math.exp(chance)
-            gains.append(accepted - self._price * (self.costs.verifying(nodes + 1, context) - alone))
-        return gains
+    def _gains(self, reach: NDArray[np.float64], context: int) -> NDArray[np.float64]:
+        """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots."""
+        reach = reach[: self._bounds[0]]
+        seconds = self._verify(context)[: len(reach) + 1]
+        return np.cumsum(np.append(0.0, np.exp(reach))) - self._price * (seconds - seconds[0])
+
+    def _verify(self, context: int) -> NDArray[np.float64]:
+        """Seconds of verifying 1, 2, ... slots; of the last context that was asked for, where this is near it."""
+        if abs(context - self._slots[0]) > NEAR:
+            self._slots = context, self.costs.verify(self._bounds[0] + 1, context)
+        return self._slots[1]
 
     def learn(self, outcome: Outcome) -> None:
         context, tokens, drafted = outcome.context, len(outcome.tokens), outcome.drafted

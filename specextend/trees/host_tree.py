@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from specextend.trees.tree import DraftTree
 
-WORD = 32  # ancestors in one integer
-
 
 @dataclass(frozen=True)
 class HostTree:
@@ -44,27 +42,28 @@ class HostTree:
         """
         if not len(tokens):
             return self
-        ids, parents = self.tokens.tolist(), self.parents.tolist()
-        at, lifted, new = 0, {0: 0.0}, []
+        ids, parents, depth, after = (one.tolist() for one in (self.tokens, self.parents, self.depth, self.reach))
+        known = len(self)
+        children = dict(zip(zip(parents, ids, strict=True), range(known), strict=True))
+        at, lifted = 0, {}
         for token, hope in zip(tokens, reach.tolist(), strict=True):
-            below = [node for node, parent in enumerate(parents) if parent == at and ids[node] == token]
-            if below:
-                at = below[0]
-            else:
-                ids.append(token), parents.append(at), new.append(hope)
+            below = children.get((at, token))
+            if below is None:
+                hope = min(hope, lifted.get(at, after[at]))
+                ids.append(token), parents.append(at), depth.append(depth[at] + 1), after.append(hope)
                 at = len(ids) - 1
-            lifted[at] = hope
-        before, after = self.reach.tolist(), [0.0]
-        for node in range(1, len(ids)):
-            parent = parents[node]
-            own = before[node] - before[parent] + after[parent] if node < len(before) else new[node - len(before)]
-            after.append(min(max(own, lifted.get(node, own)), after[parent]))
-        extra = np.array([after[node] - after[parents[node]] for node in range(len(before), len(ids))])
-        depth = self.depth.tolist()
-        for node in range(len(before), len(ids)):
-            depth.append(depth[parents[node]] + 1)
-        logprobs = np.concatenate((self.logprobs, extra))
-        return HostTree(np.array(ids), np.array(parents), np.array(depth), logprobs, np.array(after))
+            else:
+                at = below
+                lifted[at] = max(hope, after[at])
+        if any(hope > after[node] for node, hope in lifted.items()):  # what is below them rises with them
+            before = after
+            after = [0.0]
+            for node in range(1, known):
+                own = before[node] - before[parents[node]] + after[parents[node]]
+                after.append(min(max(own, lifted.get(node, own)), after[parents[node]]))
+            after += before[known:]
+        extra = [after[node] - after[parents[node]] for node in range(known, len(ids))]
+        return HostTree(*map(np.array, (ids, parents, depth, [*self.logprobs.tolist(), *extra], after)))
 
     def most_probable(self, nodes: int) -> HostTree:
         """The root and the `nodes` nodes below it that are most probably accepted."""
@@ -83,10 +82,17 @@ class HostTree:
 
     def ancestors(self) -> NDArray[np.bool_]:
         """[T, T]: who lies on the path from the root to whom, as in `DraftTree`."""
-        seen = np.eye(len(self), dtype=bool)
-        for node in range(1, len(self)):
-            seen[node] |= seen[self.parents[node]]
-        return seen
+        nodes, size = len(self), -(-len(self) // 8)
+        packed = b"".join(bits.to_bytes(size, "little") for bits in self.ancestor_bits())
+        seen = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little").reshape(nodes, -1)
+        return seen[:, :nodes].astype(bool)
+
+    def ancestor_bits(self) -> list[int]:
+        """Of each node the path to it: bit j is set where node j lies on it, its own bit, too."""
+        paths = [1]
+        for node, parent in enumerate(self.parents[1:].tolist(), 1):
+            paths.append(paths[parent] | 1 << node)
+        return paths
 
     def on(self, device: torch.device) -> DraftTree:
         """The same tree for a target on `device`."""

@@ -200,8 +200,8 @@ def test_a_part_of_a_tree_holds_its_most_probable_nodes_and_shares_the_verdict()
     buffers.bounds.copy_(torch.tensor([0.0, -torch.inf, *Calibration().table]))
     whole = by_kernels(config, draft, buffers)
     part = TreeNodes(6, 0, DEVICE, verdict=whole)
-    whole.finish(torch.tensor(7, device=DEVICE), part)
     wanted = HostTree.of(by_definition(TreeConfig(15, 4, 0.0), Draft(97, 3.0, 0))).most_probable(5)
+    part.put(wanted.tokens, wanted.parents, wanted.depth, wanted.ancestor_bits())
     assert paths(as_tree(part)) == paths(wanted.on(DEVICE)) and len(as_tree(part)) == 6
     chosen, length = part.tokens[[1, *range(1, 6)]].clone(), torch.tensor(20, device=DEVICE)
     part.accept(chosen, length)
@@ -219,8 +219,9 @@ def test_a_tree_that_the_host_puts_there_is_that_tree(seed, count, empty):
     tree = DraftTree.from_parents(torch.from_numpy(random.integers(0, 2**40, count)), torch.from_numpy(parents))
     nodes = TreeNodes(count + empty, 0, DEVICE)
     places = np.arange(nodes.slots)
-    nodes.put(places, places - 1, places, np.tri(nodes.slots, dtype=bool))  # what stood there before
-    nodes.put(tree.tokens.numpy(), parents, tree.depth.numpy(), tree.ancestors.numpy())
+    nodes.put(places, places - 1, places, [(2 << place) - 1 for place in places.tolist()])  # what stood there before
+    none = np.zeros(count)
+    nodes.put(tree.tokens.numpy(), parents, tree.depth.numpy(), HostTree(*(one.numpy() for one in (tree.tokens, tree.parents, tree.depth)), none, none).ancestor_bits())
     assert nodes.used.tolist() == [1] * count + [0] * empty
     assert torch.equal(nodes.tokens[:count].cpu(), tree.tokens) and nodes.parents[:count].tolist() == parents.tolist()
     assert torch.equal(nodes.depth[:count].cpu().long(), tree.depth)
