@@ -95,9 +95,8 @@ class PricedGraphs(GraphBackend):
             self._speculated += not self._is_spared
             self._draft.draft(self._run)
             self._read_by_draft(self._unread)
-            self._sheet.copy_(self._tree.sheet, non_blocking=True)
-            self._synchronise()
-            drafted, passes = self._read_sheet(), [self._tree.width] * max(int(self._sheet[0]) - 1, 0)
+            levels, drafted = self._read_sheet()
+            passes = [self._tree.width] * (levels - 1)
             self._cut(drafted)
         self._outcome = partial(
             Outcome, None if self._is_spared else drafted, passes, self._branch.reach, verified=self._size
@@ -151,15 +150,17 @@ class PricedGraphs(GraphBackend):
         self._bounds[:] = torch.tensor([growth.threshold, floor, *growth.calibration.table])
         self._tree.bounds.copy_(self._bounds, non_blocking=True)
 
-    def _read_sheet(self) -> HostTree:
-        rows = self._sheet[1:].numpy().reshape(5, -1)
+    def _read_sheet(self) -> tuple[int, HostTree]:
+        """Levels of the draft's tree, and those of its nodes that the floor lets pass."""
+        sheet = self._tree.seen.numpy()
+        levels, rows = int(sheet[1]), sheet[2:].reshape(5, -1)
         used = rows[4] > -math.inf
         rows = rows if used.all() else rows[:, used]
         (tokens, parents, depth), logs = rows[:3].astype(int), rows[3:].astype(float)
         if len(tokens) < len(used):
             parents[1:] = (np.cumsum(used) - 1)[parents[1:]]
         tokens[0] = self._output.token_ids[-1]
-        return HostTree(tokens, parents, depth, *logs)
+        return levels, HostTree(tokens, parents, depth, *logs)
 
     @property
     def _must_absorb(self) -> bool:
@@ -185,7 +186,6 @@ class PricedGraphs(GraphBackend):
         self._parts = {size: TreeNodes(size, 0, self.device, verdict=tree) for size in self._sizes}
         alone = self._parts[1]
         alone.parents.fill_(-1), alone.used.fill_(1), alone.ancestor_bits.fill_(1)
-        self._sheet = torch.zeros(len(tree.sheet), pin_memory=cuda)
         self._bounds = torch.zeros(len(tree.bounds), pin_memory=cuda)
 
     @property

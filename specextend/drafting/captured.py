@@ -22,6 +22,7 @@ from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.llama_blocks import FusedBlock, Slots, Workspaces, as_norm
 from specextend.modeling.static_cache import StaticCache
 
+LEVELS_AT_ONCE = 4  # of a tree that the host looks at anyway: a level that is not wanted takes a fifth of one that is
 SPAN = 512  # contexts of dense attention, and buffers of token ids, are multiples of it
 Step = Callable[[], None]
 Run = Callable[[str, Step], None]  # runs, captures or replays a step, which it knows by its name
@@ -234,13 +235,21 @@ class TreeDraft(CapturedDraft):
             block.cos, block.sin = cos, sin
 
     def draft(self, run: Run, *, every_level: bool = False) -> None:
-        if not self._dense:
-            return run("draft", self._grow)
-        for level in range(self._depth):
-            run(f"draft level {level}", partial(self._add_level, level))
-            if not every_level and not self._tree.grows():
+        tree, at_once = self._tree, LEVELS_AT_ONCE if self._tree.is_read else self._depth
+        if self._dense:
+            for level in range(self._depth):
+                run(f"draft level {level}", partial(self._add_level, level))
+                if not every_level and not tree.grows():
+                    break
+            run("draft tree", self._finish)
+            if tree.is_read and not every_level:
+                tree.look()
+            return
+        for first in range(0, self._depth, at_once):
+            last = min(first + at_once, self._depth)
+            run(f"draft from {first}" if first else "draft", partial(self._grow, first, last))
+            if tree.is_read and not every_level and not tree.look():
                 break
-        run("draft tree", self._finish)
 
     def context(self) -> tuple[Tensor, int]:
         assert self.full is not None, "a draft cache that holds the whole context is never refreshed"
@@ -265,8 +274,8 @@ class TreeDraft(CapturedDraft):
     def follow_alone(self, target: FusedTarget) -> None:
         """Take notice of the one token that `target` chose after a root alone."""
 
-    def _grow(self) -> None:
-        for level in range(self._depth):
+    def _grow(self, first: int, last: int) -> None:
+        for level in range(first, last):
             self._add_level(level)
         self._finish()
 

@@ -152,9 +152,14 @@ def _keys(source, start, count, SIZE: tl.constexpr, BITS: tl.constexpr):
 def _lowest_of_best(key, count, BITS: tl.constexpr):
     """The `count`-th highest of `key` [X]; 0 if there are fewer."""
     lowest = tl.full([], 0, tl.uint32)
-    for bit in range(BITS):
-        higher = lowest | (tl.full([], 1, tl.uint32) << (BITS - 1 - bit))
-        lowest = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, lowest)
+    for step in range((BITS + 1) // 2):  # two bits at a time: three counts in one sum
+        one = tl.full([], 1, tl.uint32) << ((BITS + 1) // 2 * 2 - 2 - 2 * step)
+        first, second, third = lowest + one, lowest + 2 * one, lowest + 3 * one
+        reach = (key >= first).to(tl.int64) + ((key >= second).to(tl.int64) << 20) + ((key >= third).to(tl.int64) << 40)
+        counts = tl.sum(reach, 0)
+        lowest = tl.where((counts & 0xFFFFF) >= count, first, lowest)
+        lowest = tl.where(((counts >> 20) & 0xFFFFF) >= count, second, lowest)
+        lowest = tl.where((counts >> 40) >= count, third, lowest)
     return lowest
 
 
@@ -241,12 +246,14 @@ def _tree(
     reached = tl.load(scores + at - 1, is_child, 0.0)  # the root always is
     tl.store(tree_used + slot, (reached > float("-inf")).to(tl.int32), is_slot)
     if CALIBRATED:
-        tl.store(sheet, tl.load(state + 2))
-        tl.store(sheet + 1 + slot, token.to(tl.float32), is_slot)
-        tl.store(sheet + 1 + slots + slot, parent.to(tl.float32), is_slot)
-        tl.store(sheet + 1 + 2 * slots + slot, ((at + width - 1) // width).to(tl.float32), is_slot)
-        tl.store(sheet + 1 + 3 * slots + slot, tl.load(given + at - 1, is_child, 0.0), is_slot)
-        tl.store(sheet + 1 + 4 * slots + slot, reached, is_slot)
+        tl.store(sheet, tl.load(state))
+        tl.store(sheet + 1, tl.load(state + 2))
+        sheet += 2
+        tl.store(sheet + slot, token.to(tl.float32), is_slot)
+        tl.store(sheet + slots + slot, parent.to(tl.float32), is_slot)
+        tl.store(sheet + 2 * slots + slot, ((at + width - 1) // width).to(tl.float32), is_slot)
+        tl.store(sheet + 3 * slots + slot, tl.load(given + at - 1, is_child, 0.0), is_slot)
+        tl.store(sheet + 4 * slots + slot, reached, is_slot)
 
     for w in range(TREE_WORDS):
         bit = tl.arange(0, 32)
@@ -413,7 +420,8 @@ class TreeBuffers(TreeNodes):
     """What growing trees of one `TreeConfig` needs besides."""
 
     def __init__(self, config: TreeConfig, vocab_size: int, device: torch.device):
-        self._nodes, self._vocab_size, self._is_calibrated = config.nodes, vocab_size, config.rule == "price"
+        self._nodes, self._vocab_size = config.nodes, vocab_size
+        self.is_read = config.rule == "price"  # the host decides what of the tree is verified
         assert vocab_size <= 1 << 24, "a float32 must hold every token"
         floor = math.log(config.min_probability) if config.min_probability else -math.inf
         # threshold, floor, and a table of what the draft's probabilities are worth: a captured graph reads them here
@@ -435,7 +443,9 @@ class TreeBuffers(TreeNodes):
         self.all_ancestor_bits = _zeros(device, every, -(-every // WORD))
         self.kept, self.order = _zeros(device, self.slots), _zeros(device, every + 1)
         self._fresh = torch.tensor([1.0, 0.0, 0.0], device=device)
-        self.sheet = _zeros(device, 1 + 5 * self.slots, dtype=torch.float32)  # levels, then as `Drafted`
+        # still grows, levels, then tokens, parents, depth, logprobs and reach of each slot; and where the host sees them
+        self.sheet = _zeros(device, 2 + 5 * self.slots, dtype=torch.float32)
+        self.seen = torch.zeros(len(self.sheet), pin_memory=device.type == "cuda")
 
     def sprout(self) -> None:
         """Start a new tree; levels that are never added hold nothing."""
@@ -446,6 +456,13 @@ class TreeBuffers(TreeNodes):
     def grows(self) -> bool:
         """Whether the stop rule lets another level come; the host waits for it."""
         return bool(self.state[0] > 0)
+
+    def look(self) -> bool:
+        """Let the host see the sheet of the tree as `finish` left it; whether the stop rule lets another level come."""
+        self.seen.copy_(self.sheet, non_blocking=True)
+        if self.sheet.is_cuda:
+            torch.cuda.current_stream(self.sheet.device).synchronize()
+        return bool(self.seen[0] > 0)
 
     def add_level(self, logits: Tensor, level: int, names: Tensor | None = None) -> None:
         """Level `level` (0 is the root's children) from the `logits` [n, V] after the nodes of the level before.
@@ -458,7 +475,7 @@ class TreeBuffers(TreeNodes):
         _children[(wide,)](
             logits, self.above, logits if names is None else names, close, self._close_at, self.child_tokens,
             self.child_scores, self.child_given, self.bounds, self.state, vocab, logits.stride(0), self.width,
-            NAMED=names is not None, CALIBRATED=self._is_calibrated,
+            NAMED=names is not None, CALIBRATED=self.is_read,
             KEPT=self.kept_per_row, CHUNK=min(CHUNK, max(ROOM, triton.next_power_of_2(vocab))), ROOM=ROOM,
             BITS=BITS[logits.dtype], num_warps=8,
         )  # fmt: skip
@@ -466,7 +483,7 @@ class TreeBuffers(TreeNodes):
         _level[(1,)](
             self.child_tokens, self.child_scores, self.child_given, self.level_tokens, self.below, self.above,
             self.all_tokens, self.all_parents, self.all_scores, self.all_given, self.all_ancestor_bits,
-            self.bounds, self.state, level, wide, self.width, self._nodes, CALIBRATED=self._is_calibrated,
+            self.bounds, self.state, level, wide, self.width, self._nodes, CALIBRATED=self.is_read,
             KEPT=self.kept_per_row, WORDS=words, PADDED=triton.next_power_of_2(words),
             SIZE=triton.next_power_of_2(self.width * wide),
             ALL=triton.next_power_of_2(len(self.all_scores)), LANES=self.kept_per_row, num_warps=8,
@@ -478,7 +495,7 @@ class TreeBuffers(TreeNodes):
         _tree[(1,)](
             root, self.all_tokens, self.all_parents, self.all_scores, self.all_given, self.all_ancestor_bits,
             self.kept, self.order, self.tokens, self.parents, self.depth, self.used, self.ancestor_bits, self.sheet,
-            self.state, every, self.width, self.slots, CALIBRATED=self._is_calibrated,
+            self.state, every, self.width, self.slots, CALIBRATED=self.is_read,
             WORDS=self.all_ancestor_bits.shape[1], TREE_WORDS=self.ancestor_bits.shape[1],
             ALL=triton.next_power_of_2(every + 1), SLOTS=triton.next_power_of_2(self.slots), num_warps=4,
         )  # fmt: skip

@@ -179,7 +179,8 @@ def test_calibrated_trees_are_those_of_the_definition_and_stand_in_the_sheet(see
     found = by_kernels(config, Draft(97, 3.0, seed), buffers)
     assert paths(as_tree(found)) == paths(wanted)
 
-    levels, sheet = int(found.sheet[0]), found.sheet[1:].view(5, -1).cpu()
+    assert found.look() == bool(found.sheet[0] > 0) and torch.equal(found.seen, found.sheet.cpu())
+    levels, sheet = int(found.sheet[1]), found.sheet[2:].view(5, -1).cpu()
     assert sheet[1].tolist() == found.parents.tolist()
     rows = sheet[:, sheet[4] > -torch.inf]
     assert levels == int(wanted.depth.max()) or levels == int(wanted.depth.max()) + 1  # the last one may add nothing
