@@ -52,7 +52,7 @@ bundled() {
     for head in eagle1 eagle3; do
         run eval_eagle.py $head "$first" "standard specextend" "1K 4K" "$short" $paper_tree --head $head
     done
-    measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 2048 --temperature 0.5
+    measure eval_classic.py long_output "$first" "standard specextend" 1K 1 -r 1 -max 2048 --temperature 0.5 --tree paper
 
     "$python" -m scripts.analysis.needle --data_dir "$data/$first" --lengths 4K 8K -n 2 --output_file "$out/needle.json"
     "$python" -m scripts.analysis.needle --data_dir "$data/$first" --lengths 16K -n 1 --output_file "$out/needle.json"
@@ -71,15 +71,15 @@ paper() {
     "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data" -m vicuna_7b
     "$python" scripts/prepare_data.py pg19 --root "$data" -m llama31_8b --lengths 32K 64K 128K
     for set in govreport pg19 booksum; do
-        measure eval_classic.py vicuna_7b "$set" "$drafting $sparse $dense" "$lengths" "$samples" -r $runs -m vicuna_7b
-        measure eval_classic.py longchat_7b "$set" "standard specextend" "$lengths" "$samples" -r $runs -m longchat_7b
+        measure eval_classic.py vicuna_7b "$set" "$drafting $sparse $dense" "$lengths" "$samples" -r $runs -m vicuna_7b --tree paper
+        measure eval_classic.py longchat_7b "$set" "standard specextend" "$lengths" "$samples" -r $runs -m longchat_7b --tree paper
         for model in vicuna_7b longchat_7b llama31_8b; do
-            measure eval_eagle.py ${model}_eagle "$set" "standard specextend" "$lengths" "$samples" -r $runs -m $model
+            measure eval_eagle.py ${model}_eagle "$set" "standard specextend" "$lengths" "$samples" -r $runs -m $model --tree paper
         done
     done
-    measure eval_eagle.py llama31_8b_long pg19 "standard specextend" 32K "$samples" -r $runs -m llama31_8b
-    measure eval_eagle.py llama31_8b_long pg19 specextend "64K 128K" "$samples" -r $runs -m llama31_8b
-    measure eval_eagle.py r1_distill_llama_8b aime24 "standard specextend" all 30 -r 1 -m r1_distill_llama_8b
+    measure eval_eagle.py llama31_8b_long pg19 "standard specextend" 32K "$samples" -r $runs -m llama31_8b --tree paper
+    measure eval_eagle.py llama31_8b_long pg19 specextend "64K 128K" "$samples" -r $runs -m llama31_8b --tree paper
+    measure eval_eagle.py r1_distill_llama_8b aime24 "standard specextend" all 30 -r 1 -m r1_distill_llama_8b --tree paper
     "$python" -m scripts.analysis.needle -m vicuna_7b --data_dir "$data/govreport" --output_file "$out/needle.json"
     "$python" -m scripts.analysis.analyse -m vicuna_7b --data_dir "$data/govreport" --lengths $lengths -n 5 -max 256 \
         --output_file "$out/analysis.json"

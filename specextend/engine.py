@@ -435,8 +435,8 @@ def default_config(models: LoadedModels) -> SpecExtendConfig:
 
 
 def default_tree(models: LoadedModels) -> TreeConfig:
-    """Trees priced by their time on a CPU; the paper's on a GPU, and where several processes share the target."""
-    return TreeConfig() if models.ranks > 1 or models.device.type != "cpu" else TreeConfig.priced()
+    """Trees priced by their time; the paper's where several processes share the target."""
+    return TreeConfig() if models.ranks > 1 else TreeConfig.priced()
 
 
 def _build_target(

@@ -138,7 +138,7 @@ def add_method_flags(parser: argparse.ArgumentParser, *, several: bool = False) 
     group.add_argument("--use_specextend", action="store_true", help="short for --method specextend")
     group.add_argument(
         "--tree", choices=TREES, default=argparse.SUPPRESS, help="draft trees: as large as they earn their measured "
-        "time, or the paper's bounds (default: price on a CPU; paper on a GPU, and where a flag below gives a bound)",
+        "time, or the paper's bounds (default: price; paper with --tensor_parallel, or where a flag gives a bound)",
     )  # fmt: skip
     _add_settings(group, "", "tree", "retrieval")
 

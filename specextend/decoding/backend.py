@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,6 +20,7 @@ from specextend.modeling.blocks import OnBlock
 from specextend.modeling.target import Target
 from specextend.trees.tree import DraftTree
 
+ReadsTokens = Callable[[Sequence[int]], None]
 RESERVED = 4096  # new tokens that the caches have room for at first; they grow when more are written
 
 
@@ -68,22 +70,26 @@ def unchanged(*values: Tensor) -> Iterator[None]:
             value.copy_(before)
 
 
-def read_prompt(output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse) -> Tensor:
+def read_prompt(
+    output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse, also: ReadsTokens
+) -> Tensor:
     """Let target and draft read the prompt of `output`, with room for `extra_slots` more; the first token [].
 
-    What ends it halfway leaves behind what was read, for the next prompt that begins like this one.
+    `also` reads its token ids while a GPU is busy with it. What ends it halfway leaves behind what was read, for the
+    next prompt that begins like this one.
     """
-    reading = Reading(output, prefixes.enter(output))
+    reading, tokens = Reading(output, prefixes.enter(output)), output.prompt.tolist()
     try:
-        return _read(output, target, drafter, extra_slots, prefixes, reading)
+        return _read(output, target, drafter, extra_slots, prefixes, reading, partial(also, tokens))
     except BaseException:
         prefixes.hold_part(output, reading.done)
         raise
 
 
 def _read(
-    output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse, reading: Reading
-) -> Tensor:
+    output: Output, target: Target, drafter: Drafter, extra_slots: int, prefixes: NoReuse, reading: Reading,
+    meanwhile: Callable[[], None],
+) -> Tensor:  # fmt: skip
     clock, known = StageClock(target.model.device), reading.done
     try:
         logits = target.prefill(output.prompt, extra_slots, known.target, reading.of("target"))
@@ -97,6 +103,7 @@ def _read(
     first = output.choose(logits, DraftTree.root(output.prompt[-1]), 0)[0]
     clock.mark("target")
     drafter.prefill(output.prompt, first, extra_slots, known.draft, reading.of("draft"))
+    meanwhile()
     clock.mark("draft")
     prefixes.hold(output)
     output.cached_tokens, output.prefill_seconds = known.target, clock.stage_seconds()

@@ -56,7 +56,8 @@ class EagerBackend:
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
         verify = self._measured_verification() if self._is_priced else None
-        first = read_prompt(output, self._target, self._drafter, self._reserved.extra_slots, self._prefixes)
+        extra = self._reserved.extra_slots
+        first = read_prompt(output, self._target, self._drafter, extra, self._prefixes, self._lookup.begin)
         if verify:
             self._set_costs(verify)
         self._policy.begin()
@@ -66,7 +67,7 @@ class EagerBackend:
     def plan(self) -> None:
         output = self._output
         if not output.rounds:
-            self._lookup.begin([*output.prompt.tolist(), *output.token_ids])
+            self._lookup.extend(output.token_ids)
         elif self._is_priced:
             self._learn()
         self._context = output.context

@@ -18,6 +18,7 @@ from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
 from specextend.drafting.captured import CapturedDraft, Run, Step, span_for
 from specextend.drafting.drafter import Drafter
+from specextend.drafting.lookup_branch import NoBranch
 from specextend.drafting.retrieval import Retriever, select_positions
 from specextend.kernels.tree import TreeNodes
 from specextend.modeling.fused_target import FusedTarget
@@ -44,6 +45,7 @@ class GraphBackend:
         self._host_target, self._drafter, self._retriever = target, drafter, retriever
         self._slots, self._dense = config.slots, not config.hybrid_tree_attention
         self._draft: CapturedDraft | None = None
+        self._lookup = NoBranch()
         self._graphs: dict[str, Step] = {}
         self._logits: dict[int, Tensor] = {}  # of the last verification, by its slots
 
@@ -51,7 +53,8 @@ class GraphBackend:
 
     def prefill(self, output: Output) -> Tensor:
         self._output, self._reserved = output, Reservation(output, self._slots)
-        first = read_prompt(output, self._host_target, self._drafter, self._reserved.extra_slots, self._prefixes)
+        extra = self._reserved.extra_slots
+        first = read_prompt(output, self._host_target, self._drafter, extra, self._prefixes, self._lookup.begin)
         if self._draft is None:
             self._build()
         self._begin(first)

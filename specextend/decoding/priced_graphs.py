@@ -58,10 +58,7 @@ class PricedGraphs(GraphBackend):
 
     def plan(self) -> None:
         output, policy = self._output, self._policy
-        if output.rounds:
-            self._lookup.extend(output.rounds[-1].tokens)
-        else:
-            self._lookup.begin([*output.prompt.tolist(), *output.token_ids])
+        self._lookup.extend(output.rounds[-1].tokens if output.rounds else output.token_ids)
         self._growth, self._branch = self._next, self._lookup.look()
         self._is_spared = self._growth is not None and policy.spares(self._branch.reach)
         if self._growth is None:  # a branch is worth a round if it pays for what the draft reads in it

@@ -443,7 +443,7 @@ class TreeBuffers(TreeNodes):
         self.all_ancestor_bits = _zeros(device, every, -(-every // WORD))
         self.kept, self.order = _zeros(device, self.slots), _zeros(device, every + 1)
         self._fresh = torch.tensor([1.0, 0.0, 0.0], device=device)
-        # still grows, levels, then tokens, parents, depth, logprobs and reach of each slot; and where the host sees them
+        # still grows, levels, then tokens, parents, depth, logprobs and reach of each slot; where the host sees them
         self.sheet = _zeros(device, 2 + 5 * self.slots, dtype=torch.float32)
         self.seen = torch.zeros(len(self.sheet), pin_memory=device.type == "cuda")
 

@@ -30,8 +30,8 @@ def test_each_query_sees_the_keys_up_to_its_own(queries, known, heads, kv_heads,
     keys, values = cache[..., : known + queries, :]
     output, lse = prefill_attention(query, keys, values, dim**-0.5, launch=Launch(rows=32, keys=16, warps=4))
     visible = torch.ones(queries, known + queries, dtype=torch.bool, device=DEVICE).tril(known)
-    exact = (part.double() for part in (query, *(one.repeat_interleave(heads // kv_heads, 1) for one in (keys, values))))
-    wanted, wanted_lse = masked_attention(*exact, dim**-0.5, visible)
+    repeated = (part.double().repeat_interleave(heads // kv_heads, 1) for part in (keys, values))
+    wanted, wanted_lse = masked_attention(query.double(), *repeated, dim**-0.5, visible)
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(output.double(), wanted, **tolerance)
     torch.testing.assert_close(lse.double(), wanted_lse.double(), **tolerance)

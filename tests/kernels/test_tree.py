@@ -222,7 +222,8 @@ def test_a_tree_that_the_host_puts_there_is_that_tree(seed, count, empty):
     places = np.arange(nodes.slots)
     nodes.put(places, places - 1, places, [(2 << place) - 1 for place in places.tolist()])  # what stood there before
     none = np.zeros(count)
-    nodes.put(tree.tokens.numpy(), parents, tree.depth.numpy(), HostTree(*(one.numpy() for one in (tree.tokens, tree.parents, tree.depth)), none, none).ancestor_bits())
+    host = HostTree(tree.tokens.numpy(), parents, tree.depth.numpy(), none, none)
+    nodes.put(host.tokens, host.parents, host.depth, host.ancestor_bits())
     assert nodes.used.tolist() == [1] * count + [0] * empty
     assert torch.equal(nodes.tokens[:count].cpu(), tree.tokens) and nodes.parents[:count].tolist() == parents.tolist()
     assert torch.equal(nodes.depth[:count].cpu().long(), tree.depth)
