@@ -1,7 +1,4 @@
-"""Tables and a flat summary of what `scripts.bench.gpu` measured: results/<gpu>/bench.json.
-
-Older files also hold decoding rates (`decode`); today they come from eval_classic.py with `--widen`.
-"""
+"""A table and a flat summary of what `scripts.bench.gpu` measured: results/<gpu>/bench.json."""
 
 from __future__ import annotations
 
@@ -14,10 +11,6 @@ import pandas as pd
 from scripts.report.markdown import Column, table_of
 from scripts.report.records import attempt, read_documents
 
-EAGER, CAPTURED = "autoregressive Hugging Face", "autoregressive captured"
-STANDARD, SPECEXTEND = "standard captured", "specextend"
-OTHERS = {"ar_graph": CAPTURED, "ar_eager": EAGER, "standard": STANDARD}
-PROMPT = ["data", "tokens", "temperature", "sample"]
 STEPS = {  # of a row of `steps`, by their names in the summary
     "verify": "verify", "autoregressive": "ar_graph", "round": "round", "draft": "draft_tree", "refresh": "refresh",
     "byte_floor": "byte_floor",
@@ -31,56 +24,14 @@ STEP_COLUMNS = [
     Column("refresh", "refresh_ms"),
     Column("whole round", "round_ms"),
 ]
-RATE_COLUMNS = [
-    Column("AR, Hugging Face", EAGER, 0),
-    Column("AR, ours", CAPTURED, 0),
-    Column("standard", STANDARD, 0),
-    Column("SpecExtend", SPECEXTEND, 0),
-    Column("accepted/round, standard → SpecExtend", "accepted"),
-    Column("SpecExtend over AR, ours", "over AR"),
-    Column("over standard", "over standard"),
-]
-HEADLINE = (1000, 4000, 16000)  # prompt tokens
-HEADLINE_COLUMNS = [Column("temperature", "temperature", 1), *RATE_COLUMNS[1:4], *RATE_COLUMNS[5:]]
-TIE_COLUMNS = [
-    Column("data set", "data"),
-    Column("prompt tokens", "tokens", 0),
-    Column("output token", "first_difference", 0),
-    Column("logit gap", "gap", 4),
-]
 
 
-def gpu_reports(results: Path, *, near_ties: bool = False) -> Iterator[str]:
-    """A section per GPU: decoding by length where it was measured, then what a round costs.
-
-    Args:
-        near_ties: also a table of the outputs that part from autoregressive decoding's.
-    """
+def gpu_reports(results: Path) -> Iterator[str]:
+    """A section per GPU: what a round costs."""
     for path, record in read_documents(results, "bench.json"):
-        section = attempt(path, lambda record=record: "\n\n".join(_section(record, near_ties)))
+        section = attempt(path, lambda record=record: "\n\n".join(_section(record)))
         if section:
             yield section
-
-
-def headlines(results: Path) -> Iterator[str]:
-    """For each GPU on which decoding was measured: what is decoded a second, at a few lengths and all temperatures."""
-    for path, record in read_documents(results, "bench.json"):
-        found = record.get("decode") and attempt(path, lambda record=record: "\n\n".join(_headline(record)))
-        if found:
-            yield found
-
-
-def _headline(record: dict[str, Any]) -> Iterator[str]:
-    rows, tables = record["decode"], []
-    yield f"{_about(record)} Decode tokens/s, {_prompts(greedy(record), SPECEXTEND)} prompts per row:"
-    for temperature in sorted({row["temperature"] for row in rows}):
-        of_temperature = [row for row in rows if row["temperature"] == temperature]
-        table = rates(of_temperature)
-        table["over AR"], table["over standard"] = gains(of_temperature, CAPTURED), gains(of_temperature, STANDARD)
-        table.insert(0, "temperature", temperature)
-        tables.append(table.loc[table.index.intersection(HEADLINE)])
-    whole = pd.concat(tables).rename_axis("prompt tokens").sort_index(kind="stable")
-    yield table_of(whole, [one for one in HEADLINE_COLUMNS if one.source in whole])
 
 
 def _about(record: dict[str, Any]) -> str:
@@ -92,104 +43,19 @@ def _about(record: dict[str, Any]) -> str:
     )
 
 
-def _section(record: dict[str, Any], near_ties: bool) -> Iterator[str]:
-    rows, steps = greedy(record), steps_of(record)
+def _section(record: dict[str, Any]) -> Iterator[str]:
+    steps = steps_of(record)
     if not steps:
         return
-    if not rows:
-        yield _about(record)
-    else:
-        yield (
-            f"{_about(record)} Decode tokens/s, temperature 0, {_prompts(rows, SPECEXTEND)} prompts per length "
-            f"(Hugging Face's: {_prompts(rows, EAGER)}); standard has the same kernels and graphs, and differs in the "
-            "draft's cache alone."
-        )
-        yield decoding(rows)
-        yield equality(rows)
-        for temperature in sorted({row["temperature"] for row in record["decode"]} - {0}):
-            yield f"The same at temperature {temperature:g}:"
-            yield decoding([row for row in record["decode"] if row["temperature"] == temperature])
     yield (
-        "Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over weights and "
-        "cache at the bandwidth measured beside them."
+        f"{_about(record)} Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over "
+        "weights and cache at the bandwidth measured beside them."
     )
     yield table_of(pd.DataFrame(steps).set_index("tokens").rename_axis("prompt tokens"), STEP_COLUMNS)
-    parted = [row for row in rows if row.get("first_difference") is not None]
-    if near_ties and parted:
-        yield "Where outputs part, and how far apart the two highest logits are there:"
-        yield table_of(pd.DataFrame(parted).set_index("method"), TIE_COLUMNS)
-
-
-def decoding(rows: list[dict[str, Any]]) -> str:
-    """By length: tokens/s of every method, accepted drafts, and what SpecExtend gains."""
-    table = rates(rows)
-    pairs = numbered(rows).pivot(index=PROMPT, columns="method", values="accepted_per_round")[[STANDARD, SPECEXTEND]]
-    means = pairs.dropna().groupby("tokens").mean().reindex(table.index)
-    table["accepted"] = [f"{before:.2f} → {after:.2f}" for before, after in means.values]
-    table["over AR"], table["over standard"] = gains(rows, CAPTURED), gains(rows, STANDARD)
-    return table_of(table.rename_axis("prompt tokens"), [one for one in RATE_COLUMNS if one.source in table])
-
-
-def equality(rows: list[dict[str, Any]]) -> str:
-    """How many outputs are autoregressive decoding's, and how near the tie was where they part."""
-    gaps = [row.get("gap") for row in rows if row["method"] in (STANDARD, SPECEXTEND)]
-    parted = [gap for gap in gaps if gap is not None]
-    line = f"Equality: {len(gaps) - len(parted)} of {len(gaps)} outputs are our AR's, token for token"
-    if not parted:
-        return f"{line}."
-    return f"{line}; the others part at a near-tie, where the two highest logits are at most {max(parted):.4f} apart."
-
-
-def _prompts(rows: list[dict[str, Any]], method: str) -> int:
-    """The fewest prompts of a length."""
-    return min(pd.Series([row["tokens"] for row in rows if row["method"] == method]).value_counts(), default=0)
-
-
-# --- figures --------------------------------------------------------------------------------------------------------
 
 
 def steps_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return record.get("steps") or record.get("stages") or []  # their name in older files
-
-
-def greedy(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in record.get("decode", []) if row["temperature"] == 0]
-
-
-def rates(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Decode tokens/s by prompt length and method: tokens over time of all prompts.
-
-    Hugging Face's rows are the median of a step, and each weighs one token.
-    """
-    return _rates(_timed(rows))
-
-
-def gains(rows: list[dict[str, Any]], other: str) -> pd.Series:
-    """SpecExtend's decode tokens/s over those of `other`, by prompt length, on the prompts that both decoded."""
-    frame = _timed(rows)
-    frame = frame[frame["method"].isin([SPECEXTEND, other])]
-    both = frame.groupby(PROMPT)["method"].transform("nunique") == 2
-    found = _rates(frame[both]).reindex(columns=[SPECEXTEND, other])
-    return found[SPECEXTEND] / found[other]
-
-
-def numbered(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows with the number of their prompt as `sample`: the first of a data set, length and temperature is 0."""
-    frame = pd.DataFrame(rows)
-    order = frame.groupby(["data", "tokens", "temperature", "method"]).cumcount()
-    return frame.assign(sample=frame["sample"].fillna(order).astype(int) if "sample" in frame else order)
-
-
-def _timed(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    frame = numbered(rows).dropna(subset="decode_tokens_per_s")
-    decoded = frame["new_tokens"] - 1 if "new_tokens" in frame else pd.Series(float("nan"), frame.index)
-    decoded = decoded.fillna(1.0)  # the first of a prompt's new tokens comes out of the prefill
-    return frame.assign(decoded=decoded, seconds=decoded / frame["decode_tokens_per_s"])
-
-
-def _rates(frame: pd.DataFrame) -> pd.DataFrame:
-    totals = frame.groupby(["tokens", "method"])[["decoded", "seconds"]].sum()
-    return (totals["decoded"] / totals["seconds"]).unstack()
 
 
 def summary(record: dict[str, Any]) -> dict[str, float]:
@@ -209,20 +75,6 @@ def summary(record: dict[str, Any]) -> dict[str, float]:
             found["peak_extra_gb"] = row["peak_extra_gb"]
     for row in record.get("eagle", []):
         found[f"draft_tree_ms_{row['head']}"] = (row.get("steps") or row["stages"])["draft_ms"]
-    return found | _decode_summary(greedy(record))
-
-
-def _decode_summary(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """SpecExtend's decode tokens/s at temperature 0 by length, and what they are of the other methods'."""
-    if not rows:
-        return {}
-    found: dict[str, float] = {}
-    over = {name: gains(rows, other) for name, other in OTHERS.items()}
-    for tokens, rate in rates(rows).iterrows():
-        found[f"decode_tokens_per_s_{short(tokens)}"] = rate[SPECEXTEND]
-        found |= {f"decode_speedup_vs_{name}_{short(tokens)}": gain[tokens] for name, gain in over.items()}
-        if tokens == 16000:
-            found["ar_eager_ms_16k"] = 1e3 / rate[EAGER]
     return found
 
 

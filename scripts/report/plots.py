@@ -22,6 +22,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scripts.report import story
 from scripts.report.analysis_plots import analysis_figures, needle_figure
 from scripts.report.method_plots import method_figures
 from scripts.report.records import (
@@ -45,7 +46,9 @@ def main() -> None:
     plt.rcParams.update(LAYOUT)
     folder = args.output or args.results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    figures = chain(pair_figures(records), many_figures(records), document_figures(args.results))
+    figures = chain(
+        story.figures(args.results), pair_figures(records), many_figures(records), document_figures(args.results)
+    )
     print(json.dumps({"written": [path for name, figure in figures for path in save(figure, folder / name)]}))
 
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
 
-from scripts.report.gpu import gpu_reports, headlines
+from scripts.report import quotations, story
+from scripts.report.gpu import gpu_reports
 from scripts.report.markdown import Column, cell, markdown, table_of
 from scripts.report.page import html_report
 from scripts.report.paper import analysis_tables, needle_table, tables_beside
+from scripts.report.quotations import frame_of_scores
 from scripts.report.records import (
     PAIR,
     RUN,
@@ -44,7 +46,6 @@ from specextend.errors import InputError
 
 NAIVE = "autoregressive_hf"
 WRITTEN = "Written by `scripts.report.tables` from the files named below; do not edit."
-EVERYTHING = "Every figure: [results/REPORT.md](results/REPORT.md)."
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 LEGEND = (
     "*Accepted*: draft tokens kept per round, the bonus token excluded (the paper's tau). *Tokens/round*: the bonus "
@@ -87,9 +88,9 @@ BY_LENGTH = [  # what a table of all methods says, its figure, those in brackets
 def main() -> None:
     args = parse_args()
     records = read_records(args.results)
-    shown = list(headlines(args.results)) or [short_report(records), LEGEND]
-    readme = args.readme and filled(args.readme, "\n\n".join([*shown, EVERYTHING]))
-    pages = tables_of(records)
+    shown = list(story.headlines(args.results)) or [short_report(records), LEGEND]
+    readme = args.readme and filled(args.readme, "\n\n".join(shown))
+    pages = tables_of(records) | document_pages(args.results)
     report = full_report(records, args.results, pages)
     written = [args.results / "REPORT.md"]
     written[0].write_text(report, encoding="utf-8")
@@ -136,19 +137,39 @@ def tables_of(records: pd.DataFrame) -> dict[str, str]:
 
 
 def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> str:
-    parts = ["# Results", WRITTEN, LEGEND, "## At a glance", short_report(records)]
-    parts.append(f"Every table: {', '.join(f'[{Path(page).stem}]({page})' for page in pages)}.")
-    parts += [f"## On a GPU\n\n{section}" for section in gpu_reports(results, near_ties=True)]
+    told = list(story.sections(results))
+    parts = ["# Results", WRITTEN, *(told or [LEGEND, "## At a glance", short_report(records)])]
+    parts += [f"## What a round costs\n\n{section}" for section in gpu_reports(results)]
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
-    for title, name, make in (
-        ("Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)]),
-        ("Analyses", "analysis.json", analysis_tables),
-    ):
-        for path, content in read_documents(results, name):
-            file = path.relative_to(results).as_posix()
-            section = attempt(path, lambda c=content, t=title, m=make: [f"## {t}: {title_of_document(c)}", *m(c)])
-            parts += [*section, f"File: [{file}]({file})."] if section else []
+    parts += document_sections(results, "Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)])
+    parts += story.threats(results) if told else []
+    parts.append(f"Further pages: {', '.join(f'[{Path(page).stem}]({page})' for page in pages)}.")
     return "\n\n".join(parts) + "\n"
+
+
+def document_pages(results: Path) -> dict[str, str]:
+    """Pages of what is no evaluation: the analyses, and the quotations."""
+    quoted = document_sections(results, "Quotations", "quotations_*.json", _quoted)
+    analysed = document_sections(results, "Analyses", "analysis.json", analysis_tables)
+    pages = {"analyses": ("# Analyses", analysed), "quotations": ("# Answers that refer back", quoted)}
+    return {
+        f"tables/{name}.md": "\n\n".join([title, WRITTEN, *sections]) + "\n"
+        for name, (title, sections) in pages.items() if sections
+    }  # fmt: skip
+
+
+def _quoted(content: dict) -> list[str]:
+    return [quotations.tables(frame_of_scores(content["records"]))]
+
+
+def document_sections(results: Path, title: str, name: str, make: Callable[[dict], list[str]]) -> list[str]:
+    """A section for each file called `name` under the results."""
+    parts = []
+    for path, content in read_documents(results, name):
+        file = path.relative_to(results).as_posix()
+        section = attempt(path, lambda c=content: [f"## {title}: {title_of_document(c)}", *make(c)])
+        parts += [*section, f"File: [{file}]({file})."] if section else []
+    return parts
 
 
 def samples_of(figures: pd.DataFrame) -> str:

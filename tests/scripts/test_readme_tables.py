@@ -1,4 +1,4 @@
-"""A column of the README's table and of the report's first ones, computed again from the records, by own sums."""
+"""The tables of the README and of the report, computed again from the records, by own sums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from scripts.report import story
 
 ROOT = Path(__file__).parents[2]
 BENCH = json.loads((ROOT / "results" / "h200" / "bench.json").read_text())
@@ -22,72 +24,128 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     return found
 
 
-(HEADLINE,) = tables(
-    (ROOT / "README.md").read_text().split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
-)
+README = (ROOT / "README.md").read_text()
 REPORT = (ROOT / "results" / "REPORT.md").read_text()
-ACCEPTED, SPEED = tables(REPORT.split("## At a glance")[1])[:2]
-STAGES = tables(REPORT.split("Milliseconds of the steps")[1])[0]
+STEPS = tables(REPORT.split("Milliseconds of the steps")[1])[0]
+JOURNALS = {
+    "A published model with an EAGLE-3 head": ["h200/smollm2/smollm2_eagle3.jsonl"],
+    "The same with an EAGLE-1 head": ["h200/smollm2/smollm2_eagle1.jsonl"],
+    "The bundled pair at the size of Vicuna-7B and 68M": [
+        "h200/classic/classic_1K_4K.jsonl", "h200/classic/classic_16K.jsonl",
+    ],
+    "The bundled pair on two CPU cores": ["cpu/policy/policy.jsonl"],
+}  # fmt: skip
 
 
-def decoded(method: str, tokens: int, temperature: float) -> dict[tuple[str, int], tuple[int, float]]:
-    """Tokens and seconds by data set and number of the prompt."""
-    found: dict[tuple[str, int], tuple[int, float]] = {}
-    for row in BENCH["decode"]:
-        if (row["method"], row["tokens"], row["temperature"]) == (method, tokens, temperature):
-            number = sum(data == row["data"] for data, _ in found)
-            count = row["new_tokens"] - 1
-            found[row["data"], number] = count, count / row["decode_tokens_per_s"]
-    return found
+def read(journal: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "results" / journal).read_text().splitlines()[1:]]
 
 
-def test_rates_on_the_gpu_are_tokens_over_time():
-    names = {"AR, ours": "autoregressive captured", "standard": "standard captured", "SpecExtend": "specextend"}
-    assert {row["temperature"] for row in HEADLINE} == {"0.0", "0.8"}
-    for row in HEADLINE:
-        rates, temperature = {}, float(row["temperature"])
-        of = {name: decoded(method, int(row["prompt tokens"]), temperature) for name, method in names.items()}
-        assert set(of["AR, ours"]) == set(of["SpecExtend"]) == set(of["standard"])  # so the gains are ratios of rates
-        for name, prompts in of.items():
-            rates[name] = sum(count for count, _ in prompts.values()) / sum(time for _, time in prompts.values())
-            assert row[name] == f"{rates[name]:.0f}"
-        assert row["SpecExtend over AR, ours"] == f"{rates['SpecExtend'] / rates['AR, ours']:.2f}"
-        assert row["over standard"] == f"{rates['SpecExtend'] / rates['standard']:.2f}"
+def figures(panels: list[dict], arm: str) -> tuple[str, str]:
+    """Speed-up over AR and accepted drafts per round, means of the prompts' own."""
+    speeds, accepted = [], []
+    for panel in panels:
+        own, alone = panel["arms"][arm], panel["autoregressive"]["timing"]
+        rates = [(one["new_tokens"] - 1) / one["decode_s"] for one in (own["timing"], alone)]
+        speeds.append(rates[0] / rates[1])
+        accepted.append(sum(own["accepted"]) / len(own["accepted"]))
+    return f"{sum(speeds) / len(speeds):.2f}", f"{sum(accepted) / len(accepted):.2f}"
+
+
+def check(table: list[dict[str, str]], panels: list[dict]) -> int:
+    """Compare every cell of a table with the panels of one temperature; how many there are."""
+    compared = 0
+    for row in table:
+        at = [panel for panel in panels if panel["bucket"] == row["length"]]
+        assert int(row["prompts"]) == len(at)
+        alone = [panel["autoregressive"]["timing"] for panel in at]
+        assert int(row["AR"]) == round(sum(t["new_tokens"] - 1 for t in alone) / sum(t["decode_s"] for t in alone))
+        for arm, name in story.ARMS.items():
+            if row.get(name, "–") == "–":
+                assert arm not in at[0]["arms"]
+                continue
+            speed, accepted = figures(at, arm)
+            mean, low, high = re.match(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row[name]).groups()
+            assert mean == speed and float(low) <= float(mean) <= float(high)
+            assert ";" not in row[name] or row[name].endswith(f"; {accepted}")
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("title", JOURNALS)
+def test_the_reports_tables_are_means_of_the_prompts_in_the_records(title):
+    panels = [panel for journal in JOURNALS[title] for panel in read(journal)]
+    section = REPORT.split(f"## {title}\n")[1].split("\n## ")[0]
+    temperatures = [float(found) for found in re.findall(r"^Temperature ([\d.]+)", section, re.M)]
+    assert sorted(temperatures) == sorted({panel["temperature"] for panel in panels})
+    for temperature, table in zip(temperatures, tables(section), strict=False):
+        assert check(table, [panel for panel in panels if panel["temperature"] == temperature]) >= 6
+
+
+def test_the_readmes_tables_are_those_of_the_records():
+    shown = README.split("<!-- results:begin -->")[1].split("<!-- results:end -->")[0]
+    titles = re.findall(r"^(.*), temperature ([\d.]+): ", shown, re.M)
+    found = tables(shown)
+    assert len(titles) == len(found) == 2
+    for (title, temperature), table in zip(titles, found, strict=True):
+        panels = [panel for journal in JOURNALS[title] for panel in read(journal)]
+        assert check(table, [panel for panel in panels if panel["temperature"] == float(temperature)]) >= 16
+
+
+def test_quotations_are_sums_over_rounds():
+    (table,) = tables(REPORT.split("## Where retrieval wins")[1].split("\n## ")[0])
+    assert len(table) == 8
+    for row in table:
+        head, length, kind = re.fullmatch(r"(\w+), (\w+), answer (\w+)", row["head, length"]).groups()
+        records = json.loads((ROOT / f"results/h200/smollm2/quotations_{head}_{length}.json").read_text())["records"]
+
+        def rate(cache: str, records=records, kind=kind) -> str:
+            rounds = [count for one in records if one["cache"] == cache for count in one[kind]]
+            return f"{sum(rounds) / len(rounds):.2f}"
+
+        assert row["full"] == rate("full") and row["prompt lookup"] == rate("lookup")
+        for size in (8, 32):
+            assert row[f"window → CMR, {size} chunks"].startswith(f"{rate(f'window {size}')} → {rate(f'CMR {size}')} (")
 
 
 def test_steps_on_the_gpu_are_those_recorded():
-    for row, measured in zip(STAGES, BENCH["stages"], strict=True):
+    for row, measured in zip(STEPS, BENCH["stages"], strict=True):
         assert row["prompt tokens"] == str(measured["tokens"])
         assert row["verify"] == f"{measured['verify_ms']:.2f}" and row["whole round"] == f"{measured['round_ms']:.2f}"
 
 
-def records(run: str, data: str, method: str, length: str) -> dict[tuple[int, int], dict]:
-    lines = (ROOT / "results" / "cpu" / run / f"{data}_{method}.jsonl").read_text().splitlines()[1:]
-    return {(one["sample"], one["run"]): one for one in map(json.loads, lines) if one["bucket"] == length}
+def records(run: str, data: str, method: str, length: str, temperature: float) -> dict[tuple[int, int], dict]:
+    lines = (ROOT / "results" / "cpu" / run / f"{data}_{method}.jsonl").read_text().splitlines()
+    if json.loads(lines[0])["setting"]["sampling"]["temperature"] != temperature:
+        return {}
+    return {(one["sample"], one["run"]): one for one in map(json.loads, lines[1:]) if one["bucket"] == length}
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_standard_and_specextend_are_compared_on_the_prompts_that_both_answered(run):
-    (column,) = (name for name in ACCEPTED[0] if name.startswith(f"{run},"))
+    page = (ROOT / "results" / "tables" / f"cpu-{run}.md").read_text()
     compared = 0
-    for accepted, speed in zip(ACCEPTED, SPEED, strict=True):
-        assert accepted["prompts"] == speed["prompts"]
-        data, length = accepted["prompts"].split(", ")
-        standard, ours = (records(run, data, method, length) for method in ("standard", "specextend"))
-        both = sorted(set(standard) & set(ours))
-        if not both:
+    for section in page.split("\n### ")[1:]:
+        data, temperature = re.match(r"(\w+), temperature ([\d.]+)", section).groups()
+        if data not in ("govreport", "pg19"):
             continue
-        cells: tuple[list[str], list[str]] = [], []
-        for held in (standard, ours):
-            rounds = [count for key in both for count in held[key]["accepted"]]
-            cells[0].append(f"{sum(rounds) / len(rounds):.2f}")
-            rates = [
-                sum(held[key][of]["new_tokens"] - 1 for key in both) / sum(held[key][of]["decode_s"] for key in both)
-                for of in ("method", "autoregressive")
-            ]
-            cells[1].append(f"{rates[0] / rates[1]:.2f}")
-        assert (accepted[column], speed[column]) == tuple(" → ".join(pair) for pair in cells)
-        compared += 1
+        for row in tables(section)[0]:
+            standard, ours = (
+                records(run, data, method, row["length"], float(temperature)) for method in ("standard", "specextend")
+            )
+            both = sorted(set(standard) & set(ours))
+            if not both:
+                continue
+            for name, held in (("standard", standard), ("SpecExtend", ours)):
+                rounds = [count for key in both for count in held[key]["accepted"]]
+                assert row[f"accepted: {name}"] == f"{sum(rounds) / len(rounds):.2f}"
+                tokens, seconds = (
+                    [sum(held[key][of][part] for key in both) for of in ("method", "autoregressive")]
+                    for part in ("new_tokens", "decode_s")
+                )
+                rates = [(count - len(both)) / time for count, time in zip(tokens, seconds, strict=True)]
+                assert row[f"decode speed-up: {name}"] == f"{rates[0] / rates[1]:.2f}"
+            compared += 1
     assert compared >= 4
 
 

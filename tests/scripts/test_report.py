@@ -1,4 +1,4 @@
-"""Tables, goals and figures out of journals: what is compared with what, and what damaged files do."""
+"""Tables and figures out of journals: what is compared with what, and what damaged files do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 from made_records import record, timing, write_journal, write_results
 
-from scripts.report import goals, plots, tables
+from scripts.report import plots, tables
 from scripts.report.records import figures_of, leads, read_records, shared
 from specextend.errors import InputError
 from specextend.evaluation.records import SampleRecord, Worker
@@ -127,18 +127,13 @@ def test_a_damaged_file_is_named_in_one_line_and_left_out(results, run):
     whole = path.read_text().splitlines(keepends=True)
     for damage in ("{", "[1]\n", "".join(whole[:2]) + '{"bucket": 3}\n', whole[0] + whole[1].replace("1.0", '"x"')):
         path.write_text(damage if damage != "{" else "{\n")
-        for module in (tables, goals):
-            _, error = run(module, "--results", results)
-            assert error.count("\n") == 1 and str(path) in error and "damaged" in error, damage
+        _, error = run(tables, "--results", results)
+        assert error.count("\n") == 1 and str(path) in error and "damaged" in error, damage
     assert "| 3.00 |" in pages_of(results)
     path.write_text("".join(whole) + whole[-1][:50])  # cut off by a kill: the rest counts
     for name in ("needle.json", "bench.json", "summary.json", "analysis.json"):
         (results / "cpu" / name).write_text('{"records": [{"part": "entropy"}], "steps": [{}]}')
-    broken = results / "cpu" / "parallel.json"
-    broken.write_text('{"shapes": ')
     assert run(tables, "--results", results)[1].count("\n") == 3  # the summary is none of its files
-    named = run(goals, "--results", results)[1].splitlines()
-    assert len(named) == 2 and str(broken) in named[1] and "needle.json" in named[0]
     assert run(plots, "--results", results)[1].count("\n") == 2
     with pytest.raises(InputError, match="no records of eval_classic.py"):
         run(tables, "--results", results / "nowhere")
@@ -150,25 +145,6 @@ def test_a_readme_without_markers_is_left_alone_and_nothing_written(results, tmp
     with pytest.raises(InputError, match="results:begin"):
         run(tables, "--results", results, "--readme", readme)
     assert readme.read_text() == "no markers" and not (results / "REPORT.md").exists()
-
-
-def test_goals_are_listed_whether_met_or_not(tmp_path, run):
-    folder = tmp_path / "cpu" / "paper_tree_greedy"
-    for method, accepted in (("standard", 2.0), ("specextend", 3.0), ("fa_hta_streaming", 2.5)):
-        write_results(folder / f"govreport_{method}.jsonl", method, accepted)
-    memory = {"prompt_tokens": 16000, "peak_over_count": 1.3}
-    (tmp_path / "cpu" / "prefill_memory.json").write_text(json.dumps(memory))
-    counts = json.loads(run(goals, "--results", tmp_path)[0])
-    lines = (tmp_path / "GOALS.md").read_text().splitlines()
-    ratio = "| accepted, SpecExtend over standard | govreport, temperature 0, paper's tree,"
-    assert f"{ratio} 512 | at least 1.00 | 1.50 | yes |" in lines
-    assert f"{ratio} 16K | at least 1.90 | 1.50 | **no** |" in lines
-    where = "cpu/paper_tree_greedy, govreport, temperature 0, 16K"
-    assert f"| accepted, SpecExtend over a StreamingLLM cache | {where} | at least 1.00 | 1.50 | yes |" in lines
-    best = f"{where} (fa_hta_streaming)"
-    assert f"| decode speed, SpecExtend over the best other | {best} | at least 1.00 | 1.20 | yes |" in lines
-    assert any("peak memory" in line and "at most 1.20 | 1.30 | **no**" in line for line in lines)
-    assert counts["goals"] == sum("| at " in line for line in lines) and counts["met"] < counts["goals"]
 
 
 def test_tables_compare_the_prompts_that_both_files_hold(unequal, tmp_path, run):
@@ -187,19 +163,6 @@ def test_tables_compare_the_prompts_that_both_files_hold(unequal, tmp_path, run)
     text = readme.read_text()
     assert "| govreport, 16K | 1.50 → 3.50 |" in text and "| govreport, 16K | 0.67 → 2.00 |" in text
     assert "2 prompts per length" in text
-
-
-def test_goals_compare_the_prompts_that_both_files_hold(unequal, run):
-    run(goals, "--results", unequal)
-    found = (unequal / "GOALS.md").read_text()
-    where = "govreport, temperature 0, CPU tree, 16K"
-    assert f"| decode speed, SpecExtend over standard | {where} | at least 1.00 | 3.00 |" in found
-    assert f"| decode speed, SpecExtend over AR | {where} | at least 2.00 | 2.00 |" in found
-    where = "cpu/cpu_tree, govreport, temperature 0, 16K"
-    # prompts 1 and 2: accepted 6.5 and 5.5, decoded in 4.5 s and 3 s
-    assert f"| accepted, SpecExtend over a StreamingLLM cache | {where} | at least 1.00 | 1.18 |" in found
-    assert f"| decode speed, SpecExtend over the best other | {where} (fa_hta_streaming) |" in found
-    assert "| at least 1.00 | 0.67 | **no** |" in found
 
 
 def test_plots_compare_the_prompts_that_both_files_hold(unequal, monkeypatch):
