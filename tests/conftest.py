@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 if not os.path.exists("/dev/nvidia0"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which transformers may do
@@ -27,6 +29,38 @@ from specextend.models.loading import LoadedModels, load_models
 from specextend.models.presets import Preset
 
 torch.set_num_threads(1)
+
+
+def hasten_interpreter() -> None:
+    """Half of the time of Triton's interpreter goes into what these tests do not need.
+
+    It prepares the language anew at every call of a function by a kernel, where once for each module and launch is
+    enough, and adds up everything twice to see whether it overflows; `tests/kernels` lets it look.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    launch, prepare, prepared = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launch_anew(executor, *args, **named):
+        prepared.clear()
+        return launch(executor, *args, **named)
+
+    def call(function, *args, **named):
+        module = function.fn.__module__
+        if module not in prepared:
+            prepare(function.fn)
+            prepared.add(module)
+        try:
+            return function.rewrite()(*args, **named)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.GridExecutor.__call__ = launch_anew
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    hasten_interpreter()
 settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
