@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from scripts.report.markdown import Column, table_of
+from scripts.report.markdown import Column, lines_of, table_of
 from scripts.report.records import attempt, read_documents
 
 STEPS = {  # of a row of `steps`, by their names in the summary
@@ -44,7 +44,15 @@ def _about(record: dict[str, Any]) -> str:
 
 
 def _section(record: dict[str, Any]) -> Iterator[str]:
-    steps = steps_of(record)
+    steps, slots = steps_of(record), pd.DataFrame(record.get("slots", []))
+    if not slots.empty:
+        shape = record["shape"]
+        yield (
+            f"One {record['gpu']}, {record['dtype']}, the bundled pair widened to {shape['layers']} layers of "
+            f"{shape['hidden']}: milliseconds of a verification by its slots, which priced trees choose among."
+        )
+        table = slots.pivot(index="tokens", columns="slots", values="ms").map("{:.2f}".format)
+        yield lines_of(table.rename(columns=str).to_dict(orient="index"), "prompt tokens")
     if not steps:
         return
     yield (

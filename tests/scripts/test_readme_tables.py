@@ -174,6 +174,22 @@ def test_speeds_of_priced_trees_are_means_of_the_prompts_ratios():
         assert lengths == {name: f"{of[temperature, name]:.2f}" for name in ("512", "1K", "4K")}
 
 
+def test_speeds_of_priced_trees_on_a_gpu_are_means_of_the_prompts_ratios():
+    arms = {
+        "priced": "specextend:tree=price", "the paper's, 10 and 0.7": "specextend:tree=paper",
+        "10 and 0.15": "specextend:nodes=50,max_depth=10,threshold=0.15",
+        "12 and 0.05": "specextend:nodes=50,max_depth=12,threshold=0.05",
+    }  # fmt: skip
+    panels = [one for name in ("1K_4K", "16K") for one in read(f"h200/classic/classic_{name}.jsonl")]
+    (table,) = [one for one in tables((ROOT / "docs" / "policy.md").read_text()) if "16K" in one[0]]
+    assert len(table) == 2 * len(arms)
+    for row in table:
+        temperature, tree = re.fullmatch(r"temperature ([\d.]+), (.*)", [*row.values()][0]).groups()
+        for length in ("1K", "4K", "16K"):
+            at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, float(temperature))]
+            assert row[length] == figures(at, arms[tree])[0]
+
+
 def test_what_the_readme_says_below_its_first_command_is_in_the_record():
     said = r"decodes ([\d.]+) to ([\d.]+) times as fast as autoregressively at temperature 0, and ([\d.]+) to ([\d.]+)"
     figures = re.search(said, " ".join((ROOT / "README.md").read_text().split())).groups()

@@ -9,7 +9,8 @@ import pytest
 
 from scripts.report.gpu import gpu_reports, summary
 
-RECORDS = sorted((Path(__file__).parents[2] / "results").glob("*/bench.json"))
+RESULTS = Path(__file__).parents[2] / "results"
+RECORDS = sorted(RESULTS.glob("*/bench.json"))
 
 
 def test_the_summary_holds_what_was_measured_and_nothing_else():
@@ -27,8 +28,17 @@ def test_the_committed_summary_is_that_of_the_record(path):
 
 
 def test_a_record_says_what_a_round_costs(tmp_path):
-    (record,) = (json.loads(path.read_text()) for path in RECORDS)
+    record = json.loads((RESULTS / "h200" / "bench.json").read_text())
     (tmp_path / "gpu").mkdir()
     (tmp_path / "gpu" / "bench.json").write_text(json.dumps(record))
     (section,) = gpu_reports(tmp_path)
     assert "whole round" in section and f"| {record['stages'][0]['round_ms']:.2f} |" in section
+
+
+def test_verifications_stand_by_their_slots_and_more_slots_cost_no_less():
+    record = json.loads((RESULTS / "h100" / "bench.json").read_text())
+    (section,) = gpu_reports(RESULTS / "h100")
+    for tokens in (1000, 16000):
+        times = [row["ms"] for row in sorted(record["slots"], key=lambda row: row["slots"]) if row["tokens"] == tokens]
+        assert times == sorted(times) and len(times) == 7
+        assert f"| {tokens} | {' | '.join(f'{one:.2f}' for one in times)} |" in section
