@@ -120,13 +120,14 @@ def test_problems_to_reason_about_get_long_sampled_answers_unless_flags_say_othe
     assert (plan.max_new_tokens, plan.sampling.temperature) == (64, 0)
 
 
-def test_trees_are_priced_on_a_cpu_unless_a_flag_gives_a_bound_or_the_target_is_shared():
+def test_trees_are_priced_unless_a_flag_gives_a_bound_or_the_target_is_shared():
     assert config_of("--use_specextend").tree == TreeConfig.priced()
     assert config_of().tree == replace(TreeConfig.priced(), lookup_branch=False)  # standard decoding has none
     assert config_of("--nodes", "9").tree == TreeConfig(nodes=9)
     assert config_of("--threshold", "0.3").tree == TreeConfig(threshold=0.3)
     assert config_of("--tree", "paper").tree == TreeConfig()
-    assert config_of(ranks=2).tree == config_of(device="cuda").tree == TreeConfig()
+    assert config_of(ranks=2).tree == TreeConfig()
+    assert config_of("--use_specextend", device="cuda").tree == TreeConfig.priced()
 
 
 def test_priced_trees_are_a_flag_and_take_no_bounds_but_their_size():
