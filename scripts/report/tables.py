@@ -142,7 +142,7 @@ def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> s
     parts += [f"## What a round costs\n\n{section}" for section in gpu_reports(results)]
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
     parts += document_sections(results, "Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)])
-    parts += story.threats(results) if told else []
+    parts += story.threats() if told else []
     parts.append(f"Further pages: {', '.join(f'[{Path(page).stem}]({page})' for page in pages)}.")
     return "\n\n".join(parts) + "\n"
 

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = 1.4426950408889634
+from specextend.kernels.tree_attention import LOG2E
+
 SMALL = 150_000  # bytes of shared memory below which tiles are halved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from scripts.report import story
 from specextend.evaluation.panel_figures import figures_of, paired_difference, pooled
 
-RESULTS = Path(__file__).parents[2] / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
 PUBLISHED, BUNDLED, CPU = story.CHAPTERS[:2], story.CHAPTERS[2], story.CHAPTERS[3]
 
 
@@ -62,3 +64,10 @@ def test_on_two_cores_a_fixed_tree_is_slower_than_autoregressive_decoding_when_s
 
 def test_results_without_these_journals_have_no_story(tmp_path):
     assert not list(story.sections(tmp_path)) and not list(story.headlines(tmp_path))
+
+
+def test_what_is_said_of_the_heads_is_in_the_record_of_their_training():
+    record = json.loads((ROOT / "specextend/models/heads/smollm2/training_record.json").read_text())
+    first, third = (record[head]["training"]["validation"][-1]["same_argmax_1"] for head in ("eagle1", "eagle3"))
+    report = " ".join((RESULTS / "REPORT.md").read_text().split())
+    assert f"agree with their target on {first:.2f} (EAGLE-1) and {third:.2f} (EAGLE-3) of its own text" in report
