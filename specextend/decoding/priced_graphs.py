@@ -193,6 +193,7 @@ class PricedGraphs(GraphBackend):
         return f"{step} {self._size}"
 
     def _each_verdict(self, handle: Run) -> None:
+        self._tree.count.fill_(1)  # a root alone adds a token to those that the draft has not read: room for one more
         for size, nodes in self._parts.items():
             handle(f"verify {size}", partial(self._verify, nodes))
             handle(f"accept {size}", partial(self._accept, nodes))

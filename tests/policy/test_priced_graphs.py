@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
 from specextend.decoding import priced_graphs as priced_module  # noqa: E402
+from specextend.decoding.backend import unchanged  # noqa: E402
 from specextend.decoding.priced_graphs import PricedGraphs  # noqa: E402
 from specextend.policy import costs as costs_module  # noqa: E402
 from specextend.policy.costs import Costs, Curve  # noqa: E402
@@ -123,6 +124,29 @@ def test_a_pause_leaves_no_hole_in_the_drafts_cache(captured, make_model, make_p
     result = engine.generate(make_prompt(12), 14)
     assert [one.drafted > 0 for one in result.rounds][:8] == [True, False, True, False, False, False, False, True]
     assert all(one.accepted >= 1 for one in result.rounds[:-1] if one.drafted)
+
+
+@pytest.mark.usefixtures("known_costs")
+def test_steps_are_captured_anew_whatever_waits_for_the_draft(
+    captured, make_model, make_engine, make_prompt, monkeypatch
+):
+    """A cache may grow where as many tokens wait as can: trying the steps must find room for one more."""
+    monkeypatch.setattr("specextend.decoding.backend.RESERVED", 6)
+    monkeypatch.setattr(PricedTree, "plan", lambda self, context: None)
+    waiting = []
+
+    def tried(self):
+        if hasattr(self, "_unread"):
+            waiting.append(self._unread)
+        with unchanged(*self._state):
+            self._each_step(lambda name, step: step())
+
+    monkeypatch.setattr(PricedGraphs, "_capture", tried)
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(target, target, priced(2, 2, draft_cache="full"))
+    found = engine.generate(make_prompt(12), 9)
+    assert max(waiting) == backend_of(engine)._slots.path
+    assert found.token_ids == make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(12), 9).token_ids
 
 
 def test_costs_are_measured_once(captured, make_model, make_prompt, monkeypatch):
