@@ -58,8 +58,7 @@ class GraphBackend:
         if self._draft is None:
             self._build()
         self._begin(first)
-        if self._limit_span() or not self._graphs:
-            self._capture()
+        self._recapture()
         return first
 
     def plan(self) -> None:
@@ -152,8 +151,7 @@ class GraphBackend:
 
     def _begin(self, first: Tensor) -> None:
         self._draft.require(self._reserved.tokens)
-        if not self._is_current:
-            self._rebind()
+        self._rebind()
         self._target.begin(self._host_target.last_queries())
         self._draft.begin(first)
 
@@ -167,6 +165,9 @@ class GraphBackend:
         return self._target.cache.is_current and self._draft.is_current
 
     def _rebind(self) -> None:
+        """Point at the caches' buffers, where one is new."""
+        if self._is_current:
+            return
         self._graphs = {}  # before the buffers they point at
         self._target.rebind()
         self._draft.rebind()
@@ -187,8 +188,12 @@ class GraphBackend:
         self._drafter.require(self._reserved.tokens + self._slots.verify)
         self._draft.require(self._reserved.tokens)
         self._rebind()
-        self._limit_span()
-        self._capture()
+        self._recapture()
+
+    def _recapture(self) -> None:
+        """Capture the steps, unless what is captured still holds."""
+        if self._limit_span() or not self._graphs:
+            self._capture()
 
     def _capture(self) -> None:
         """Run every step once, so that all kernels are there, then capture it; the caches' contents stay."""

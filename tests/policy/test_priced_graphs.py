@@ -140,13 +140,15 @@ def test_steps_are_captured_anew_whatever_waits_for_the_draft(
             waiting.append(self._unread)
         with unchanged(*self._state):
             self._each_step(lambda name, step: step())
+        self._graphs = {"none of a round's": lambda: None}
 
     monkeypatch.setattr(PricedGraphs, "_capture", tried)
     target = make_model("gqa", head_dim=32, num_hidden_layers=1)
     engine = captured(target, target, priced(2, 2, draft_cache="full"))
-    found = engine.generate(make_prompt(12), 9)
-    assert max(waiting) == backend_of(engine)._slots.path
-    assert found.token_ids == make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(12), 9).token_ids
+    plain = make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(12), 9)
+    assert engine.generate(make_prompt(12), 9).token_ids == plain.token_ids
+    assert waiting == [backend_of(engine)._slots.path]
+    assert engine.generate(make_prompt(12), 9).token_ids == plain.token_ids and len(waiting) == 1  # there is room now
 
 
 def test_costs_are_measured_once(captured, make_model, make_prompt, monkeypatch):
