@@ -139,7 +139,7 @@ def tables_of(records: pd.DataFrame) -> dict[str, str]:
 def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> str:
     told = list(story.sections(results))
     parts = ["# Results", WRITTEN, *(told or [LEGEND, "## At a glance", short_report(records)])]
-    parts += [f"## What a round costs\n\n{section}" for section in gpu_reports(results)]
+    parts += ["## What a round costs", *costs] if (costs := gpu_reports(results)) else []
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
     parts += document_sections(results, "Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)])
     parts += story.threats() if told else []

@@ -60,26 +60,50 @@ class LookupBranch(NoBranch):
     """
 
     def __init__(self, length: int):
-        self._length = length
+        self._length, self._text = length, []
         self.begin(())
 
     def begin(self, context: Sequence[int]) -> None:
-        """A new text, the newest token last."""
-        text = self._text = list(context)
-        # by n-gram the place after its last one; by place that of the longest n-gram's one before
-        self._last: list[dict[tuple[int, ...], int]] = []
-        self._before: dict[int, int] = {}
-        for size in range(1, LONGEST_NGRAM + 1):
-            places: dict[tuple[int, ...], int] = {}
-            for after, ngram in enumerate(zip(*(text[start:-1] for start in range(size)), strict=False), size):
-                if size == LONGEST_NGRAM and ngram in places:
-                    self._before[after] = places[ngram]
-                places[ngram] = after
-            self._last.append(places)
+        """A new text, the newest token last; what it shares with the beginning of the last one is known already."""
+        known, self._text = self._text, list(context)
+        shared = next((at for at, (one, other) in enumerate(zip(known, self._text, strict=False)) if one != other), None)
+        shared = min(len(known), len(self._text)) if shared is None else shared
+        if 2 * shared > len(known):
+            self._forget(known, shared)
+        else:
+            shared = 0
+            self._forget_all()
+        self._index(shared)
         # by length of the match; the weight of a sample grows instead of what all earlier ones shrinking
         self._offered, self._hits = ([0.0] * (LONGEST_MATCH + 2) for _ in range(2))
         self._weight = 1.0
         self._find()
+
+    def _index(self, begin: int) -> None:
+        """Know the n-grams before the places from `begin` on; what ends the text has no place after it yet."""
+        text, end = self._text, len(self._text)
+        for size, (places, before) in enumerate(self._indices, 1):
+            first = min(max(begin, size), end)
+            ngrams = zip(*(text[max(first - size, 0) + start : end] for start in range(size)), strict=False)
+            for after, ngram in zip(range(first, end), ngrams, strict=False):
+                if ngram in places:
+                    before[after] = places[ngram]
+                places[ngram] = after
+
+    def _forget(self, text: Sequence[int], begin: int) -> None:
+        """Undo what was learned of `text` from the place `begin` on."""
+        for size, (places, before) in enumerate(self._indices, 1):
+            for after in range(len(text) - 1, max(begin, size) - 1, -1):
+                ngram = tuple(text[after - size : after])
+                if after in before:
+                    places[ngram] = before.pop(after)
+                else:
+                    del places[ngram]
+
+    def _forget_all(self) -> None:
+        # for each size of n-grams: by n-gram the place after its last one; by place that of the same one before
+        self._indices: list[tuple[dict[tuple[int, ...], int], dict[int, int]]]
+        self._indices = [({}, {}) for _ in range(LONGEST_NGRAM)]
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Go on with the target's own `tokens`, and see for each of them whether the branch had it."""
@@ -91,7 +115,8 @@ class LookupBranch(NoBranch):
                 self._weight *= GROWTH
                 self._offered[self._match] += self._weight
                 self._hits[self._match] += self._weight * (self._text[self._after] == token)
-            self._append(token)
+            self._text.append(token)
+            self._index(len(self._text) - 1)
             self._find()
 
     def look(self) -> Branch:
@@ -118,29 +143,20 @@ class LookupBranch(NoBranch):
         prior = PRIOR_SAMPLES * self._weight
         return min(max((found + prior * PRIOR[match]) / (asked + prior), 1e-4), 0.995)
 
-    def _append(self, token: int) -> None:
-        text = self._text
-        for size, places in enumerate(self._last, 1):  # the newest n-gram, now that something follows it
-            if len(text) >= size:
-                ngram = tuple(text[-size:])
-                if size == LONGEST_NGRAM and ngram in places:
-                    self._before[len(text)] = places[ngram]
-                places[ngram] = len(text)
-        text.append(token)
-
     def _find(self) -> None:
         """The place after the longest earlier match, and the match's length, 0 for none."""
         self._after = self._match = 0
         text = self._text
         for size in range(LONGEST_NGRAM, 0, -1):
-            after = self._last[size - 1].get(tuple(text[-size:])) if len(text) >= size else None
+            places, before = self._indices[size - 1]
+            after = places.get(tuple(text[-size:])) if len(text) >= size else None
             if after is None:
                 continue
             for _ in range(PLACES):
                 match = self._length_of(after, size)
                 if match > self._match:
                     self._after, self._match = after, match
-                after = self._before.get(after) if size == LONGEST_NGRAM else None
+                after = before.get(after) if size == LONGEST_NGRAM else None
                 if after is None or self._match == LONGEST_MATCH:
                     break
             return

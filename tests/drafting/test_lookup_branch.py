@@ -60,6 +60,22 @@ def test_text_that_comes_piece_by_piece_is_known_as_text_that_comes_at_once(begi
     assert (at_once._after, at_once._match) == (by_piece._after, by_piece._match)
 
 
+@given(st.lists(st.tuples(st.integers(0, 60), TEXTS, TEXTS), min_size=1, max_size=4))
+def test_a_text_that_begins_like_the_last_is_known_as_if_there_had_been_no_other(prompts):
+    branch, text = LookupBranch(4), []
+    for shared, begins, goes_on in prompts:
+        text = text[:shared] + begins
+        fresh = LookupBranch(4)
+        for one in (branch, fresh):
+            one.begin(text)
+        assert branch._indices == fresh._indices
+        for one in (branch, fresh):
+            one.extend(goes_on)
+        assert branch._indices == fresh._indices and branch.__dict__.keys() == fresh.__dict__.keys()
+        assert (branch.look().tokens, branch._after, branch._match) == (fresh.look().tokens, fresh._after, fresh._match)
+        text = text + goes_on
+
+
 def test_what_is_promised_follows_what_came_of_it():
     def expected(text: list[int]) -> float:
         branch = LookupBranch(4)
