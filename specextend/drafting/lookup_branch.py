@@ -66,7 +66,9 @@ class LookupBranch(NoBranch):
     def begin(self, context: Sequence[int]) -> None:
         """A new text, the newest token last; what it shares with the beginning of the last one is known already."""
         known, self._text = self._text, list(context)
-        shared = next((at for at, (one, other) in enumerate(zip(known, self._text, strict=False)) if one != other), None)
+        shared = next(
+            (at for at, (one, other) in enumerate(zip(known, self._text, strict=False)) if one != other), None
+        )
         shared = min(len(known), len(self._text)) if shared is None else shared
         if 2 * shared > len(known):
             self._forget(known, shared)
