@@ -28,13 +28,14 @@ class Curve:
     Args:
         rows: measured, ascending; contexts: shorter and longer one, tokens.
         seconds: [2, len(rows)].
-        only: no other number of rows can be run: fewer cost what the cheapest size costs that holds them.
+        only: no other number of rows can be run: sizes are steps, and fewer rows cost what the cheapest size costs that
+            holds them.
     """
 
     def __init__(
         self, rows: Sequence[int], contexts: tuple[int, int], seconds: Sequence[Sequence[float]], *, only: bool = False
     ):
-        self._rows, self._contexts, self._only = list(rows), contexts, only
+        self._rows, self._contexts, self.only = list(rows), contexts, only
         short, long = ([float(one) for one in each] for each in seconds)
         self._seconds = (short, long) if only else (_rising(short), _rising(long))  # noise is no discount
         self._asked: tuple[int, list[float]] = -1, []  # what is usable at the context that was asked for last
@@ -62,7 +63,7 @@ class Curve:
     def _between(self, rows: int, usable: list[float]) -> float:
         known = self._rows
         index = bisect_left(known, rows)
-        if self._only:
+        if self.only:
             return usable[index] if index < len(known) else float("inf")
         if rows <= known[0] or len(known) == 1:
             return usable[0]
@@ -75,7 +76,7 @@ class Curve:
         if self._asked[0] != context:
             at = self._at(context)
             # of one row: the step that does not speculate, whatever else would do
-            usable = [at[0], *list(accumulate(reversed(at), min))[-2::-1]] if self._only else _rising(at)
+            usable = [at[0], *list(accumulate(reversed(at), min))[-2::-1]] if self.only else _rising(at)
             self._asked = context, usable
         return self._asked[1]
 
@@ -167,6 +168,12 @@ class Costs:
         seconds = self.verify_curve.upto(slots, context) * (self._correction.first + self._correction.second)
         seconds[0] = self.verifying(1, context)
         return seconds
+
+    def cheapest_slot(self, verify: NDArray[np.float64]) -> float:
+        """Seconds of one more slot where it costs least, of `verify` slots; nothing where sizes are steps."""
+        if self.verify_curve.only:
+            return 0.0
+        return max(float(np.min((verify[1:] - verify[0]) / np.arange(1, len(verify)))), 0.0)
 
     def verifying(self, slots: int, context: int) -> float:
         """Seconds for verifying `slots` slots."""

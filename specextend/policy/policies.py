@@ -152,12 +152,12 @@ class PricedTree:
         nodes = self._bounds[0]
         self._slots = context, self.costs.verify(nodes + 1, context)
         verify = self._slots[1]
-        slot = float(np.min((verify[1:] - verify[0]) / np.arange(1, nodes + 1)))  # the cheapest way to one more
+        slot = self.costs.cheapest_slot(verify)
         level = self.costs.level + self.costs.row * self._rows
         nodes, depth = self._bounds_of_trial(verify, level, context) if self._speculated < TRIAL else self._bounds
         return Growth(
             nodes, depth, threshold=self._price * level / self._share,
-            floor=min(max(self._price * slot, 0.0), 0.99), calibration=self.calibration,
+            floor=min(self._price * slot, 0.99), calibration=self.calibration,
         )  # fmt: skip
 
     def _bounds_of_trial(self, verify: NDArray[np.float64], level: float, context: int) -> tuple[int, int]:

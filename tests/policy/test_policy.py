@@ -115,6 +115,15 @@ def test_a_staircase_is_looked_at_to_its_end():
     assert policy.size(np.log([0.08] * 15), 100) == 15
 
 
+def test_no_path_is_left_out_where_sizes_are_steps_whose_slots_are_paid_for():
+    seconds = [[one * MS for one in (4, 5, 5, 6)]] * 2
+    floors = [
+        PricedTree(CONFIG, Costs(Curve((1, 8, 16, 32), (0, 1000), seconds, only=only), DRAFT), 4).plan(50).floor
+        for only in (True, False)
+    ]
+    assert floors[0] == 0 < floors[1]
+
+
 def test_dear_levels_need_more_gain_than_cheap_ones():
     cheap = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
     dear = PricedTree(CONFIG, costs(4, 5, 6, 8, draft=np.array([2, 2, 0.1]) * MS), refresh_every=4)
