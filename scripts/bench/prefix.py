@@ -1,7 +1,8 @@
 """What a second question over the same document costs, and a conversation: results/cpu/prefix.json.
 
     python -m scripts.bench.prefix
-    python -m scripts.bench.prefix --model_name vicuna_7b --output results/gpu/prefix.json
+    python -m scripts.bench.prefix --widen vicuna_7b --dtype float16 --output results/gpu/prefix.json
+    python -m scripts.bench.prefix -m smollm2 --head eagle3 --document_tokens 7000 --output smollm2.json
 
 Questions: each after the same document, by an engine that keeps prefixes, beside one that reads every prompt whole.
 Return: the document again after another one, out of a copy.
@@ -16,13 +17,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from eagle import entry
 from specextend import SamplingConfig, SpecExtend
-from specextend.cli import flags
+from specextend.cli import commands, flags
 from specextend.data.builtin import builtin_text
 from specextend.decoding.output import Generation
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
-from specextend.models.loading import LoadedModels, load_models
+from specextend.models.loading import LoadedModels
 
 QUESTIONS = (
     "What is this text about?", "Who is named in it?", "Where does it take place?", "What happens first?",
@@ -38,10 +40,10 @@ def main() -> None:
     parser.add_argument("--document_tokens", type=int, default=8000, help="length of the document")
     parser.add_argument("--new_tokens", type=int, default=64, help="length of an answer")
     parser.add_argument("--output", type=Path, default=Path("results/cpu/prefix.json"))
-    flags.add_model_flags(parser)
+    entry.add_model_flags(parser)
+    parser.set_defaults(use_specextend=True)
     args = parser.parse_args()
-    draft = flags.draft_from(args)
-    models = load_models(args.model_name, draft=draft, dtype=args.dtype, device=args.device)
+    models = (entry if "head" in args else commands).load_pair(args)
     document, other = (document_of(models, args.document_tokens, number) for number in range(2))
     record: dict[str, Any] = {
         "setting": {

@@ -143,8 +143,8 @@ class Reader(HttpUser):
 
 
 def test_locust_counts_no_failure(server, tmp_path):
-    _run("locust", tmp_path, "-f", _written(tmp_path / "locustfile.py", LOCUST), "--headless", "--users", "4",
-         "--spawn-rate", "4", "--run-time", "5s", "--host", server.url, "--json-file", "stats", "--loglevel", "ERROR")  # fmt: skip
+    _run("locust", tmp_path, "-f", _written(tmp_path / "locustfile.py", LOCUST), "--host", server.url, "--headless",
+         "--users", "4", "--spawn-rate", "4", "--run-time", "5s", "--json-file", "stats")  # fmt: skip
     (row,) = json.loads((tmp_path / "stats.json").read_text())
     assert row["num_requests"] > 0 == row["num_failures"]
 
@@ -170,8 +170,8 @@ def test_lm_eval_scores_what_the_library_says(server, tmp_path):
 def test_guidellm_completes_every_request(server, tmp_path):
     tokenizer = Path(__file__).parents[2] / "specextend" / "models" / "bundled" / "target"
     _run("guidellm", tmp_path, "run", "--backend", f"kind=openai_http,target={server.url},model={MODEL}",
-         "--tokenizer", f"kind=hf_auto,model={tokenizer}", "--data", "kind=synthetic_text,prompt_tokens=24,output_tokens=8",
-         "--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=4",
+         "--tokenizer", f"kind=hf_auto,model={tokenizer}", "--profile", "kind=synchronous",
+         "--data", "kind=synthetic_text,prompt_tokens=24,output_tokens=8", "--constraint", "kind=max_requests,count=4",
          "--output", "kind=json,path=found.json", "--disable-console")  # fmt: skip
     (found,) = json.loads((tmp_path / "found.json").read_text())["benchmarks"]
     counts = found["metrics"]["request_totals"]
