@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from scripts.report.evidence import journals_in
 from scripts.report.evidence_plots import by_length
 from scripts.report.markdown import cell, lines_of
 from scripts.report.paper import paper
@@ -132,6 +133,14 @@ def headlines(results: Path) -> Iterator[str]:
 def told(results: Path) -> list[Chapter]:
     """The chapters whose journals are all there."""
     return [chapter for chapter in CHAPTERS if all((results / name).exists() for name in chapter.journals)]
+
+
+def pages_apart(results: Path) -> list[str]:
+    """Pages of journals of several arms that no chapter tells of."""
+    chapters = told(results)
+    journals = {results / name for chapter in chapters for name in chapter.journals}
+    apart = [path for path in journals_in([results]) if path not in journals] if chapters else []
+    return [f"tables/{path.stem}.md" for path in apart]
 
 
 def read_chapter(results: Path, chapter: Chapter) -> tuple[dict[str, Any], list[Panel]]:

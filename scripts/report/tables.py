@@ -91,7 +91,7 @@ def main() -> None:
     shown = list(story.headlines(args.results)) or [short_report(records), LEGEND]
     readme = args.readme and filled(args.readme, "\n\n".join(shown))
     pages = tables_of(records) | document_pages(args.results)
-    report = full_report(records, args.results, pages)
+    report = full_report(records, args.results, [*pages, *story.pages_apart(args.results)])
     written = [args.results / "REPORT.md"]
     written[0].write_text(report, encoding="utf-8")
     for name, page in pages.items():

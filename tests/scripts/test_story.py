@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.report import story
+from scripts.report.evidence import journals_in
 from specextend.evaluation.panel_figures import figures_of, paired_difference, pooled
 
 ROOT = Path(__file__).parents[2]
@@ -89,8 +90,15 @@ def test_on_two_cores_a_fixed_tree_is_slower_than_autoregressive_decoding_when_s
         assert (row["speedup_decode"]["mean"] > 1) == (row["arm"] == story.PRICED)
 
 
+def test_every_journal_of_several_arms_has_a_page_that_the_report_leads_to():
+    report = (RESULTS / "REPORT.md").read_text()
+    pages = [f"tables/{path.stem}.md" for path in journals_in([RESULTS])]
+    assert len(pages) > 10 and all(f"({page})" in report and (RESULTS / page).exists() for page in pages)
+
+
 def test_results_without_these_journals_have_no_story(tmp_path):
     assert not list(story.sections(tmp_path)) and not list(story.headlines(tmp_path))
+    assert not story.pages_apart(tmp_path)
 
 
 def test_what_is_said_of_the_heads_is_in_the_record_of_their_training():
