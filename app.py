@@ -2,6 +2,7 @@
 
 python app.py                            # the bundled pair on this machine's CPU, http://127.0.0.1:7860
 python app.py --head eagle3              # with an EAGLE head as draft
+python app.py -m smollm2                 # SmolLM2-135M-Instruct with the head that ships for it
 python app.py -m vicuna_7b --device cuda # hub weights, on a GPU
 """
 
@@ -11,7 +12,7 @@ import importlib.util
 
 from eagle import entry
 from specextend import SpecExtend
-from specextend.cli import commands, flags
+from specextend.cli import flags
 from specextend.errors import ConfigError
 from specextend.race.record import Racetrack
 
@@ -28,8 +29,7 @@ def main() -> None:
         raise ConfigError('the race page needs gradio: pip install "gradio>=6" pypdf')
     from specextend.race.ui import serve
 
-    load = entry.load_pair if "head" in args else commands.load_pair
-    serve(Racetrack(SpecExtend(load(args), eager=args.eager)), args.host, args.port)
+    serve(Racetrack(SpecExtend(entry.load_either(args), eager=args.eager)), args.host, args.port)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from eagle.models import load_models
+from eagle.models import HEADS, load_models
 from eagle.weights import KINDS
 from eagle.widen import widened
-from specextend.cli import flags
+from specextend.cli import commands, flags
 from specextend.errors import ConfigError
 from specextend.models.checkpoints import HUB_ID, local_directory
 from specextend.models.loading import LoadedModels
+from specextend.models.presets import find_preset
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--head", default=argparse.SUPPRESS, metavar="HEAD", help=f"EAGLE head: {', '.join(KINDS)}, a directory or a "
         "hub id (default: the one that belongs to the target, or what --draft_model holds)",
     )  # fmt: skip
+
+
+def load_either(args: argparse.Namespace) -> LoadedModels:
+    """With an EAGLE head where the flags name one, or nothing but heads is known for the target; else as classic."""
+    preset = find_preset(args.model_name)
+    only_heads = preset.draft is None and "draft_model" not in args and any(name == preset.name for name, _ in HEADS)
+    return load_pair(args) if "head" in args or only_heads else commands.load_pair(args)
 
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:

@@ -32,7 +32,7 @@ from scripts.analysis.passages import TASKS, make_records
 from scripts.analysis.store import Store, model_setting, positive, source_name
 from scripts.report.quotations import FORCED, FREE, cache_of, frame_of_journals, frame_of_scores, tables
 from specextend import SpecExtend
-from specextend.cli import commands, flags
+from specextend.cli import flags
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data.cutting import SameDocuments, load_cutter, load_limit
 from specextend.data.prepare import DEFAULT_ROOM, check_writable, prompt_documents, write_records
@@ -41,7 +41,6 @@ from specextend.errors import InputError
 from specextend.evaluation.plan import read_buckets
 from specextend.methods import METHODS
 from specextend.models.loading import LoadedModels
-from specextend.models.presets import find_preset
 
 GRAM = 4
 ALL = 1 << 20  # samples
@@ -107,7 +106,7 @@ def score(args: argparse.Namespace) -> None:
     for prompts in buckets.values():
         for prompt in prompts:
             require_reference(prompt)
-    models = load(args)
+    models = entry.load_either(args)
     base = SpecExtend(models, METHODS["fa_hta"].config(TreeConfig(), models.preset.retrieval), eager=args.eager)
     setting = model_setting(base) | {
         "data": source_name(args.data_dir), "new_tokens": args.max_gen_len, "temperature": args.temperature,
@@ -156,12 +155,6 @@ def require_reference(prompt: Prompt) -> None:
     missing = [name for name in ("task", "depth", "answer") if name not in prompt.extra]
     if missing or prompt.extra["task"] not in TASKS:
         raise InputError(f"{prompt.source} has no {', '.join(missing) or 'known task'}; make prompts with `make`")
-
-
-def load(args: argparse.Namespace) -> LoadedModels:
-    """The target with its small draft model where it has one and no head is asked for, else with an EAGLE head."""
-    has_small = find_preset(args.model_name).draft is not None and not hasattr(args, "head")
-    return (commands.load_pair if has_small else entry.load_pair)(args)
 
 
 def settings(models: LoadedModels, chunks: list[int]) -> Iterator[tuple[str, SpecExtendConfig]]:

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.prefix
     python -m scripts.bench.prefix --widen vicuna_7b --dtype float16 --output results/gpu/prefix.json
-    python -m scripts.bench.prefix -m smollm2 --head eagle3 --document_tokens 7000 --output smollm2.json
+    python -m scripts.bench.prefix -m smollm2 --document_tokens 7000 --output smollm2.json
 
 Questions: each after the same document, by an engine that keeps prefixes, beside one that reads every prompt whole.
 Return: the document again after another one, out of a copy.
@@ -19,7 +19,7 @@ from typing import Any
 
 from eagle import entry
 from specextend import SamplingConfig, SpecExtend
-from specextend.cli import commands, flags
+from specextend.cli import flags
 from specextend.data.builtin import builtin_text
 from specextend.decoding.output import Generation
 from specextend.evaluation.environment import environment
@@ -43,7 +43,7 @@ def main() -> None:
     entry.add_model_flags(parser)
     parser.set_defaults(use_specextend=True)
     args = parser.parse_args()
-    models = (entry if "head" in args else commands).load_pair(args)
+    models = entry.load_either(args)
     document, other = (document_of(models, args.document_tokens, number) for number in range(2))
     record: dict[str, Any] = {
         "setting": {

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -14,6 +15,7 @@ from specextend.cli import flags
 from specextend.cli.commands import load_pair
 from specextend.engine import SpecExtend
 from specextend.errors import ConfigError
+from specextend.models.loading import LoadedModels
 from specextend.serve.app import create_app
 from specextend.serve.connections import server_config
 from specextend.serve.keys import ONLY, read_keys
@@ -23,8 +25,16 @@ from specextend.serve.worker import Worker
 KEY_VARIABLE = "SPECEXTEND_API_KEY"
 
 
-def main() -> None:
-    args = parse_args()
+def main(
+    add_model_flags: Callable[[argparse.ArgumentParser], None] = flags.add_model_flags,
+    load: Callable[[argparse.Namespace], LoadedModels] = load_pair,
+) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        add_model_flags, load: what the flags for the models are, and loading what they name.
+    """
+    args = parse_args(add_model_flags)
     keys = _keys(args)
     check_host(args.host, has_key=bool(keys))
     settings = Settings(
@@ -45,7 +55,7 @@ def main() -> None:
     )
     listener = _listen(args.host, args.port)
     args.use_specextend = args.use_specextend or "method" not in args
-    models = load_pair(args)
+    models = load(args)
     app = create_app(SpecExtend(models, flags.config_from(args, models), eager=args.eager), settings)
     host, port = listener.getsockname()[:2]
     print(f"{settings.model_id} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
@@ -81,9 +91,9 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(add_model_flags: Callable[[argparse.ArgumentParser], None]) -> argparse.Namespace:
     parser = flags.parser(__doc__)
-    flags.add_model_flags(parser)
+    add_model_flags(parser)
     flags.add_method_flags(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="other addresses than this machine's own need a key")
