@@ -10,6 +10,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for room in ("docs", "data", "results", "specextend") for page in ROOT.glob(f"{room}/**/*.md")),
+]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text())
 
@@ -37,3 +41,10 @@ def test_every_room_is_on_the_map(room):
 
 def changelog() -> str:
     return (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_of_a_page_lead_to_files_that_are_there(page):
+    links = re.findall(r"\]\(([^)#\s]+)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
+    broken = [link for link in links if ":" not in link and not (page.parent / link).exists()]
+    assert not broken

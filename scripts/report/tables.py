@@ -57,6 +57,7 @@ NEEDLES = (
     "A fact stated far back and asked for at the end; answer tokens that the draft also gets right where the fact is "
     "not stated are left out. The paper does not say how long its contexts are."
 )
+ANALYSED = "divergence", "entropy", "chunks", "sweep", "equation1"  # figures of the analyses (`analysis_plots.py`)
 COMPARED = [  # heading, figure, digits, whether with the ratio
     ("accepted", "avg_accept_length", 2, True),
     ("tokens/round", "tokens_per_round", 2, False),
@@ -148,9 +149,11 @@ def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> s
 
 
 def document_pages(results: Path) -> dict[str, str]:
-    """Pages of what is no evaluation: the analyses, and the quotations."""
-    quoted = document_sections(results, "Quotations", "quotations_*.json", _quoted)
-    analysed = document_sections(results, "Analyses", "analysis.json", analysis_tables)
+    """Pages of what is no evaluation: the analyses with their figures, and the quotations."""
+    quoted = document_sections(results, "Quotations", "quotations_*.json", _quoted, up="../")
+    analysed = document_sections(results, "Analyses", "analysis.json", analysis_tables, up="../")
+    drawn = sorted(path for part in ANALYSED for path in (results / "figures").glob(f"{part}_*.svg"))
+    analysed += [f"![{path.stem}](../figures/{path.name})" for path in drawn] if analysed else []
     pages = {"analyses": ("# Analyses", analysed), "quotations": ("# Answers that refer back", quoted)}
     return {
         f"tables/{name}.md": "\n\n".join([title, WRITTEN, *sections]) + "\n"
@@ -162,13 +165,15 @@ def _quoted(content: dict) -> list[str]:
     return [quotations.tables(frame_of_scores(content["records"]))]
 
 
-def document_sections(results: Path, title: str, name: str, make: Callable[[dict], list[str]]) -> list[str]:
-    """A section for each file called `name` under the results."""
+def document_sections(
+    results: Path, title: str, name: str, make: Callable[[dict], list[str]], *, up: str = ""
+) -> list[str]:
+    """A section for each file called `name` under the results, to which `up` leads from where the page lies."""
     parts = []
     for path, content in read_documents(results, name):
         file = path.relative_to(results).as_posix()
         section = attempt(path, lambda c=content: [f"## {title}: {title_of_document(c)}", *make(c)])
-        parts += [*section, f"File: [{file}]({file})."] if section else []
+        parts += [*section, f"File: [{file}]({up}{file})."] if section else []
     return parts
 
 
