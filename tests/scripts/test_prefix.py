@@ -25,8 +25,11 @@ def test_a_short_document_is_measured(bundled_models):
     assert found["second_over_first"] == rest[0]["ttft_s"] / first["ttft_s"] and found["turns"] == 10
 
 
-@pytest.mark.parametrize("device", ["cpu", "h200"])
-def test_the_committed_summary_is_that_of_the_record(device):
-    record = json.loads((RESULTS / device / "prefix.json").read_text())
+@pytest.mark.parametrize("path", ["cpu/prefix.json", "cpu/prefix_smollm2.json", "h200/prefix.json"])
+def test_the_committed_summary_is_that_of_the_record(path):
+    record = json.loads((RESULTS / path).read_text())
     assert summary(record) == pytest.approx(record["summary"])
-    assert record["summary"]["same_tokens"] == record["summary"]["same_acceptance"] == record["summary"]["turns"] == 20
+    assert record["summary"]["same_tokens"] == record["summary"]["turns"] == 20
+    turns = [row for rows in record["conversations"].values() for row in rows]
+    kept, whole = (sum(row[name] for row in turns) for name in ("accepted_per_round", "whole_accepted_per_round"))
+    assert kept == pytest.approx(whole, rel=0.1)  # priced trees go by the clock: not every round is the same one
