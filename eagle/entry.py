@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from eagle.models import HEADS, load_models
-from eagle.weights import KINDS
+from eagle.weights import KINDS, holds_head
 from eagle.widen import widened
 from specextend.cli import commands, flags
 from specextend.errors import ConfigError
@@ -23,10 +23,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_either(args: argparse.Namespace) -> LoadedModels:
-    """With an EAGLE head where the flags name one, or nothing but heads is known for the target; else as classic."""
-    preset = find_preset(args.model_name)
-    only_heads = preset.draft is None and "draft_model" not in args and any(name == preset.name for name, _ in HEADS)
-    return load_pair(args) if "head" in args or only_heads else commands.load_pair(args)
+    """The target with an EAGLE head where one is named, or nothing else is known for it; else with a small model."""
+    preset, draft = find_preset(args.model_name), flags.draft_from(args)
+    if draft:
+        directory = local_directory(draft)
+        drafts_with_head = directory is not None and holds_head(directory)
+    else:
+        drafts_with_head = preset.draft is None and any(name == preset.name for name, _ in HEADS)
+    return load_pair(args) if "head" in args or drafts_with_head else commands.load_pair(args)
 
 
 def load_pair(args: argparse.Namespace) -> LoadedModels:

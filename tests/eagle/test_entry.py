@@ -12,6 +12,7 @@ import pytest
 
 from eagle import entry
 from specextend.cli import flags
+from specextend.models.presets import BUNDLED_DIR
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,8 @@ from specextend.cli import flags
         ("--head eagle1", "head"),
         ("-m smollm2", "head"),
         ("-m smollm2 --draft_model some/where", "small"),
+        (f"--draft_model {BUNDLED_DIR / 'eagle1'}", "head"),
+        (f"-m smollm2 --draft_model {BUNDLED_DIR / 'draft'}", "small"),
         ("-m llama31_8b", "head"),
         ("-m vicuna_7b", "small"),
     ],

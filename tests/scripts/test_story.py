@@ -47,14 +47,20 @@ def test_at_the_size_of_7b_fast_attention_and_a_small_cache_mend_standard():
             kept = [
                 story._row(rows, arm, length, temperature)["accepted"]["mean"] for arm in (story.PAPERS, story.FULL)
             ]
-            assert kept[0] > 1.8 * kept[1]
+            assert kept[0] > (1.8 if length == "2K" else 2) * kept[1]
     for length in ("1K", "2K", "4K", "8K", "16K"):
         greedy, sampled = (
             speed(rows, story.PRICED, length, temperature)["mean"]
             / speed(rows, story.PAPERS, length, temperature)["mean"]
             for temperature in (0.0, 0.8)
         )
-        assert greedy > 1.5 and sampled > 0.96
+        assert greedy > 1.5 and sampled > (0.96 if length == "2K" else 0.98)
+
+
+def test_threats_name_how_many_prompts_there_are():
+    counts = [row["prompts"] for chapter in story.CHAPTERS if chapter != IGNORANT for row in rows_of(chapter)[1]]
+    few = {row["prompts"] for row in rows_of(IGNORANT)[1]}
+    assert f"{min(counts)} to {max(counts)} prompts per length from" in story.THREATS and few == {6}
 
 
 def test_a_head_loses_less_with_a_full_cache_than_a_small_model():
