@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specextend.config import SamplingConfig
 from specextend.engine import SpecExtend
+from specextend.modeling.target import Target
 
 
 class Step(NamedTuple):
@@ -77,13 +78,15 @@ def tokens_read(engine: SpecExtend) -> list[int]:
     """Grows by the length of every block that the target's prefill reads from now on."""
     backend, lengths = backend_of(engine), []
     target = getattr(backend, "_host_target", None) or backend._target
-    read = type(target)._read
 
-    def counted(block: Tensor) -> Tensor:
-        lengths.append(len(block))
-        return read(target, block)
+    def counted(read: Callable[[Target, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def read_counted(block: Tensor) -> Tensor:
+            lengths.append(len(block))
+            return read(target, block)
 
-    target._read = counted
+        return read_counted
+
+    target._read, target._read_short = counted(type(target)._read), counted(type(target)._read_short)
     return lengths
 
 

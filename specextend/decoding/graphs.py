@@ -6,6 +6,7 @@ is the eager backend's; the prefill, of which there is one per prompt, is the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -16,6 +17,7 @@ from specextend.config import SpecExtendConfig
 from specextend.decoding.backend import Reservation, read_prompt, unchanged
 from specextend.decoding.output import Output
 from specextend.decoding.prefixes import NoReuse
+from specextend.decoding.short_reads import ChainReader
 from specextend.drafting.captured import CapturedDraft, Run, Step, span_for
 from specextend.drafting.drafter import Drafter
 from specextend.drafting.lookup_branch import NoBranch
@@ -57,6 +59,8 @@ class GraphBackend:
         first = read_prompt(output, self._host_target, self._drafter, extra, self._prefixes, self._lookup.begin)
         if self._draft is None:
             self._build()
+            if not self._dense:  # which goes over as many keys as the last prompt needed
+                self._host_target.short_reader = ChainReader(self._target, self._verifiable, self._logits_after)
         self._begin(first)
         self._recapture()
         return first
@@ -84,16 +88,15 @@ class GraphBackend:
 
     def verify(self) -> None:
         nodes = self._judged
-        self._run(self._named("verify"), partial(self._verify, nodes))
+        logits = self._logits_after(nodes)
         # outside of the graph: one graph serves all temperatures, and processors may look at the host
-        logits = self._logits[nodes.slots]
         self._chosen[: nodes.slots].copy_(self._output.choose(logits, nodes, self._output.new_tokens))
         if self._output.observer:
             self._output.observer.verified(tree_of(nodes), logits[nodes.used.bool()].clone())
 
     def accept(self) -> None:
         nodes = self._judged
-        self._run(self._named("accept"), partial(self._accept, nodes))
+        self._run(self._named("accept", nodes), partial(self._accept, nodes))
         if self._output.observer:
             places = torch.cumsum(nodes.used.long(), 0) - 1
             path = nodes.path[: int(nodes.count)] if nodes.slots > 1 else nodes.path[:1]
@@ -113,9 +116,19 @@ class GraphBackend:
         """The tree of this round."""
         return self._draft.nodes
 
-    def _named(self, step: str) -> str:
-        """The step that this round needs, where there are several of its kind."""
+    @property
+    def _verifiable(self) -> Sequence[TreeNodes]:
+        """All for which there is a verification."""
+        return [self._draft.nodes]
+
+    def _named(self, step: str, nodes: TreeNodes) -> str:
+        """The step for `nodes`, where there are several of its kind."""
         return step
+
+    def _logits_after(self, nodes: TreeNodes) -> Tensor:
+        """[T, V] of a verification, until the next one."""
+        self._run(self._named("verify", nodes), partial(self._verify, nodes))
+        return self._logits[nodes.slots]
 
     # --- what they capture ---
 

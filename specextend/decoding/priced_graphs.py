@@ -189,8 +189,12 @@ class PricedGraphs(GraphBackend):
     def _judged(self) -> TreeNodes:
         return self._parts[self._size]
 
-    def _named(self, step: str) -> str:
-        return f"{step} {self._size}"
+    @property
+    def _verifiable(self) -> list[TreeNodes]:
+        return list(self._parts.values())
+
+    def _named(self, step: str, nodes: TreeNodes) -> str:
+        return f"{step} {nodes.slots}"
 
     def _each_verdict(self, handle: Run) -> None:
         self._tree.count.fill_(1)  # a root alone adds a token to those that the draft has not read: room for one more

@@ -10,7 +10,8 @@ index is kept, as a stable sort would.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -359,6 +360,15 @@ class TreeNodes:
         if not length:
             chain.tokens = chain.emitted
         return chain
+
+    @contextmanager
+    def holding(self, tokens: Tensor, chain: TreeNodes) -> Iterator[None]:
+        """Hold `tokens` [n] below each other, as the `chain` of as many slots does; afterwards what was held before."""
+        before = self._fields.clone()
+        self._fields.copy_(chain._fields)
+        self.tokens[: len(tokens)] = tokens
+        yield
+        self._fields.copy_(before)
 
     def begin(self, first: Tensor) -> None:
         """Start a generation: `first` [] is the newest token."""

@@ -93,6 +93,10 @@ class FusedTarget:
                 width = hidden.shape[1]
                 self.features[: len(hidden), part * width : (part + 1) * width] = hidden
 
+    def last_layer(self, nodes: slice) -> LastLayer:
+        """A copy of what the last verification keeps of `nodes`."""
+        return LastLayer(self.query[None, :, nodes].clone(), self.lse[None, :, nodes].clone(), self._scaling)
+
     def attention_row(self, newest: Tensor) -> Tensor:
         """[S] attention of node `newest` [] of the tree just verified over the committed context, 0 beyond."""
         return scores.attention_row(self.query, self.lse, newest, self.cache.keys[-1], self.cache.length, self._scaling)

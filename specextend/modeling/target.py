@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from specextend.modeling.rope import DynamicRope
 from specextend.trees.tree import DraftTree
 
 
+class ShortReader(Protocol):
+    """Reads a prompt's few new tokens faster than a prefill block does."""
+
+    def reads(self, tokens: int) -> int | None:
+        """How many of so few `tokens` it reads at once, None if it does not."""
+
+    def read(self, block: Tensor) -> tuple[Tensor, LastLayer, Tensor]:
+        """Logits [1, V] after the prompt's next tokens `block` [T], the last layer, features [T, F] for the draft."""
+
+
 class Target:
     """An unmodified Hugging Face causal LM over our static cache.
 
@@ -25,7 +35,11 @@ class Target:
         prefill_attention, tree_attention: how a prefill block and a draft tree attend.
         prefill_block: tokens per prefill block; None runs the whole prompt at once.
         tap: collects the hidden states a draft reads, if it reads any.
+    Attributes:
+        short_reader: asked first where the cache holds a prompt's beginning.
     """
+
+    short_reader: ShortReader | None = None
 
     def __init__(
         self,
@@ -62,10 +76,18 @@ class Target:
         rotary = self.model.get_decoder().rotary_emb
         if isinstance(rotary, DynamicRope):
             rotary.prompt_length = len(prompt)
-        for block in blocks(known, len(prompt), self._prefill_block, on_block):
-            logits = self._read(prompt[block])
+        at_once = self.short_reader.reads(len(prompt) - known) if known and self.short_reader else None
+        read, size = (self._read_short, at_once) if at_once else (self._read, self._prefill_block)
+        for block in blocks(known, len(prompt), size, on_block):
+            logits = read(prompt[block])
             self.cache.length = block.stop
         self._newest = 0
+        return logits
+
+    def _read_short(self, block: Tensor) -> Tensor:
+        logits, self._last_layer, features = self.short_reader.read(block)
+        if self._tap:
+            self._tap.collect([features])
         return logits
 
     def _read(self, block: Tensor) -> Tensor:
