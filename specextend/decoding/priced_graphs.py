@@ -1,8 +1,10 @@
 """Captured rounds whose trees earn their time: a graph for every size of verification, and one that drafts nothing.
 
 Which of them runs is the policy's decision. What a round needs of it lies on the device before the draft begins (stop
-rule, floor, calibration), so that nothing is captured anew; the host looks once between draft and verification, at the
-tree's probabilities, and does its thinking while the target verifies.
+rule, floor, calibration), so that nothing is captured anew; the host looks at the tree's probabilities between draft
+and verification, and does its thinking while the target verifies. The device waits for that look, so the look has to
+earn its time like everything else: where the last tree was worth all slots, and no branch says anything, the next one
+is verified whole and unseen.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from specextend.trees.growth import Growth
 from specextend.trees.host_tree import HostTree
 
 SIZES = (8, 16, 32, 64)  # slots of verifications that are captured, besides that of a root alone and the largest
+LOOK = 2e-4  # seconds that a look at a tree takes, before one has been timed
 
 
 class PricedGraphs(GraphBackend):
@@ -54,6 +57,7 @@ class PricedGraphs(GraphBackend):
         self._unread = 1  # tokens that were emitted and that the draft has not read
         self._working = self._slots.working or 0  # slots of the working cache that may be taken: it waits for a refresh
         self._speculated = 0  # rounds in which the draft grew a tree
+        self._levels, self._lost = 0.0, math.inf  # of the last trees, and tokens that verifying all of one lost
         return first
 
     def plan(self) -> None:
@@ -67,6 +71,7 @@ class PricedGraphs(GraphBackend):
         if self._is_spared:
             self._growth = Growth(1, 1, threshold=math.inf, calibration=policy.calibration)
             self._put_bounds(self._growth)
+        self._is_unseen = self._growth is not None and not self._is_spared and not self._earns_a_look()
         output.price = policy.price
 
     def refresh_is_due(self) -> bool:
@@ -87,25 +92,43 @@ class PricedGraphs(GraphBackend):
             if self._must_absorb:
                 self._run("absorb", self._draft.absorb)
                 self._read_by_draft(self._unread - 1)
-            self._size, self._verified, drafted, passes = 1, None, None, None
+            self._size, self._verified = 1, None
+            self._outcome = partial(Outcome, None, None, self._branch.reach)
         else:
             self._speculated += not self._is_spared
-            self._draft.draft(self._run)
+            if self._is_unseen:
+                self._draft.draft_unseen(self._run, math.ceil(self._levels))
+                self._size = self._sizes[-1]
+                self._shown = self._mark()
+            else:
+                self._draft.draft(self._run)
+                began = time.perf_counter()
+                self._see()
+                self._cut()
+                self._looking += 0.1 * (time.perf_counter() - began - self._looking)
             self._read_by_draft(self._unread)
-            levels, drafted = self._read_sheet()
-            passes = [self._tree.width] * (levels - 1)
-            self._cut(drafted)
-        self._outcome = partial(
-            Outcome, None if self._is_spared else drafted, passes, self._branch.reach, verified=self._size
-        )
         if self._output.observer:
             self._set_root(self._judged)
             self._output.observer.drafted(tree_of(self._judged))
 
-    def _cut(self, drafted: HostTree) -> None:
-        """Let a verification have the best of a tree and the branch; the device waits for it."""
+    def _see(self) -> None:
+        """Take the draft's tree from where it was shown, to be verified as it is until it is cut."""
+        levels, self._drafted = self._read_sheet()
+        seen = None if self._is_spared else self._drafted
+        self._verified, passes = self._drafted, [self._tree.width] * (levels - 1)
+        self._outcome = partial(Outcome, seen, passes, self._branch.reach)
+
+    def _earns_a_look(self) -> bool:
+        """Whether a look at the next tree is expected to save, or to find in the branch, what it takes."""
+        if not self._can_be_unseen:
+            return True
+        branch = float(np.exp(self._branch.reach).sum())
+        return self._lost + branch > self._policy.price * self._looking
+
+    def _cut(self) -> None:
+        """Let a verification have the best of the draft's tree and the branch; the device waits for it."""
         context = self._output.context
-        whole = drafted.joined(self._branch.tokens, self._branch.reach)
+        whole = self._drafted.joined(self._branch.tokens, self._branch.reach)
         needed = self._policy.size(whole.reach[1:], context) + 1
         self._size = max(self._policy.costs.size(needed, context), self._sizes[1])
         kept = self._verified = whole.most_probable(self._size - 1)
@@ -128,12 +151,18 @@ class PricedGraphs(GraphBackend):
     def _think(self) -> None:
         """Learn from the last round, and decide on the next; the device is busy with this one."""
         output = self._output
+        if self._is_unseen:
+            self._shown()
+            self._see()
+        if self._growth is not None and not self._is_spared:  # a tree that would have grown on is followed by a larger
+            self._levels = max(float(self._tree.seen[1] + (self._tree.seen[0] > 0)), self._levels - 0.5)
+            self._lost = self._policy.loses(self._drafted.reach[1:], output.context)
         if self._learnable is not None:
             last = output.rounds[-1]
             context = output.context - len(last.tokens)
             self._policy.learn(self._learnable(tokens=last.tokens, seconds=last.seconds, context=context))
         promised = self._verified.expected(len(self._verified)) if self._verified else 0.0
-        self._learnable = partial(self._outcome, promised=promised)
+        self._learnable = partial(self._outcome, promised=promised, verified=self._size)
         self._decide()
 
     def _decide(self) -> None:
@@ -159,6 +188,14 @@ class PricedGraphs(GraphBackend):
         tokens[0] = self._output.token_ids[-1]
         return levels, HostTree(tokens, parents, depth, *logs)
 
+    def _mark(self) -> Callable[[], None]:
+        """Waits until the device has come to where it is asked now."""
+        if self.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
+
     @property
     def _must_absorb(self) -> bool:
         return self._unread >= self._slots.path
@@ -181,6 +218,10 @@ class PricedGraphs(GraphBackend):
         assert isinstance(self._draft, TreeDraft)
         tree, cuda = self._tree, self.device.type == "cuda"
         self._parts = {size: TreeNodes(size, 0, self.device, verdict=tree) for size in self._sizes}
+        self._can_be_unseen = tree.slots == self._sizes[-1] and not self._dense
+        if self._can_be_unseen:  # what is verified whole stays where it has grown
+            self._parts[tree.slots] = tree
+        self._looking = LOOK
         alone = self._parts[1]
         alone.parents.fill_(-1), alone.used.fill_(1), alone.ancestor_bits.fill_(1)
         self._bounds = torch.zeros(len(tree.bounds), pin_memory=cuda)

@@ -235,7 +235,7 @@ class TreeDraft(CapturedDraft):
             block.cos, block.sin = cos, sin
 
     def draft(self, run: Run, *, every_level: bool = False) -> None:
-        tree, at_once = self._tree, LEVELS_AT_ONCE if self._tree.is_read else self._depth
+        tree = self._tree
         if self._dense:
             for level in range(self._depth):
                 run(f"draft level {level}", partial(self._add_level, level))
@@ -245,11 +245,27 @@ class TreeDraft(CapturedDraft):
             if tree.is_read and not every_level:
                 tree.look()
             return
-        for first in range(0, self._depth, at_once):
-            last = min(first + at_once, self._depth)
-            run(f"draft from {first}" if first else "draft", partial(self._grow, first, last))
+        for first in self._first_levels:
+            self._run_from(first, run)
             if tree.is_read and not every_level and not tree.look():
                 break
+
+    def draft_unseen(self, run: Run, levels: int) -> None:
+        """As `draft`, of about so many levels; the host sees the tree later, and nothing waits for it."""
+        assert not self._dense, "dense attention asks the host after every level"
+        for first in self._first_levels:
+            if first < levels:
+                self._run_from(first, run)
+        self._tree.show()
+
+    @property
+    def _first_levels(self) -> range:
+        """Of the steps that a tree is drafted in."""
+        return range(0, self._depth, LEVELS_AT_ONCE if self._tree.is_read else self._depth)
+
+    def _run_from(self, first: int, run: Run) -> None:
+        last = min(first + self._first_levels.step, self._depth)
+        run(f"draft from {first}" if first else "draft", partial(self._grow, first, last))
 
     def context(self) -> tuple[Tensor, int]:
         assert self.full is not None, "a draft cache that holds the whole context is never refreshed"

@@ -467,9 +467,13 @@ class TreeBuffers(TreeNodes):
         """Whether the stop rule lets another level come; the host waits for it."""
         return bool(self.state[0] > 0)
 
+    def show(self) -> None:
+        """Let the host see the sheet once the device has come so far."""
+        self.seen.copy_(self.sheet, non_blocking=True)
+
     def look(self) -> bool:
         """Let the host see the sheet of the tree as `finish` left it; whether the stop rule lets another level come."""
-        self.seen.copy_(self.sheet, non_blocking=True)
+        self.show()
         if self.sheet.is_cuda:
             torch.cuda.current_stream(self.sheet.device).synchronize()
         return bool(self.seen[0] > 0)

@@ -177,12 +177,18 @@ class PricedTree:
         return float(left.sum()) < self._price * self._drafting
 
     def earned(self, branch: NDArray[np.float64], context: int) -> float:
-        """Tokens that a branch with these log-probabilities gains beyond the time of its slots."""
+        """Tokens that nodes with these log-probabilities, falling, gain beyond the time of their slots at most."""
         return float(self._gains(branch, context).max())
 
     def size(self, reach: NDArray[np.float64], context: int) -> int:
         # costs are a staircase: look at every size, never stop at the first that does not pay
         return int(self._gains(np.sort(reach)[::-1], context).argmax())
+
+    def loses(self, reach: NDArray[np.float64], context: int) -> float:
+        """Tokens that verifying every slot loses against verifying as many of these nodes as pay."""
+        seconds = self._verify(context)
+        whole = float(np.exp(reach).sum()) - self._price * float(seconds[-1] - seconds[0])
+        return self.earned(np.sort(reach)[::-1], context) - whole
 
     def _gains(self, reach: NDArray[np.float64], context: int) -> NDArray[np.float64]:
         """Tokens that verifying 0, 1, 2, ... nodes gains beyond the time of their slots."""

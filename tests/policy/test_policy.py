@@ -197,6 +197,16 @@ def test_a_prompt_after_hopeless_ones_begins_with_a_pause_and_a_price():
     assert any(rounds(policy, accepts=True, count=60))  # and finds out that this one is different
 
 
+def test_what_verifying_every_slot_loses_is_time_that_the_nodes_left_out_do_not_earn():
+    policy = PricedTree(CONFIG, costs(4, 5, 6, 8), refresh_every=4)
+    policy.plan(100)
+    for chances in ([0.9, 0.8, 0.7], [0.9, 0.1, 0.01], [0.01, 0.01, 0.01], [0.5]):
+        verify = policy.costs.verify(CONFIG.nodes + 1, 100)
+        gains = [sum(chances[:count]) - policy.price * (verify[count] - verify[0]) for count in range(len(chances) + 1)]
+        whole = sum(chances) - policy.price * (verify[CONFIG.nodes] - verify[0])
+        assert policy.loses(np.log(chances[::-1]), 100) == pytest.approx(max(gains) - whole)
+
+
 def test_a_branch_that_says_it_all_spares_the_draft():
     policy = dear()
     rounds(policy, accepts=True, count=40)

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
 from specextend.decoding import priced_graphs as priced_module  # noqa: E402
 from specextend.decoding.backend import unchanged  # noqa: E402
+from specextend.decoding.observer import Observer  # noqa: E402
 from specextend.decoding.priced_graphs import PricedGraphs  # noqa: E402
+from specextend.drafting.captured import SmallLMDraft  # noqa: E402
 from specextend.policy import costs as costs_module  # noqa: E402
 from specextend.policy.costs import Costs, Curve  # noqa: E402
 from specextend.policy.policies import PricedTree  # noqa: E402
@@ -88,6 +90,46 @@ def test_no_decision_changes_a_token(
     found = engine.generate(make_prompt(15), 10, sampling=sampling)
     assert found.token_ids == plain.token_ids
     assert 0 < found.plain_share < 1
+
+
+@pytest.mark.usefixtures("known_costs")
+@pytest.mark.parametrize("looking", [-1.0, 1.0], ids=["a look pays", "a look is dear"])
+def test_a_tree_is_verified_unseen_where_a_look_does_not_earn_its_time(
+    looking, captured, make_model, perturbed, make_engine, make_prompt, monkeypatch
+):
+    """What was verified is what the policy learns from."""
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    engine = captured(target, perturbed(target, 0.3), priced(4, 6, draft_cache="full"))
+    unseen, drafted, learned = [], [], []
+    draft_unseen, learn = SmallLMDraft.draft_unseen, PricedTree.learn
+
+    def told_draft(self, run, levels):
+        unseen.append(len(drafted))
+        draft_unseen(self, run, levels)
+
+    def told_learn(self, outcome):
+        learned.append(outcome)
+        learn(self, outcome)
+
+    class Trees(Observer):
+        def drafted(self, tree):
+            drafted.append(tree)
+
+    monkeypatch.setattr(SmallLMDraft, "draft_unseen", told_draft)
+    monkeypatch.setattr(PricedTree, "learn", told_learn)
+    timed = property(lambda self: looking, lambda self, seconds: None)
+    monkeypatch.setattr(PricedGraphs, "_looking", timed, raising=False)
+    monkeypatch.setattr(PricedTree, "_learn_gain", lambda self, gain: None)  # never pauses
+    plain = make_engine(target, target, SpecExtendConfig()).autoregressive(make_prompt(15), 12)
+    found = engine.generate(make_prompt(15), 12, observer=Trees())
+    assert found.token_ids == plain.token_ids
+    assert 0 not in unseen and (len(unseen) > len(drafted) / 2 if looking > 0 else not unseen)
+    for number in set(unseen) & set(range(len(learned))):
+        tree, outcome = drafted[number], learned[number]
+        assert outcome.drafted.tokens.tolist() == tree.tokens.tolist()
+        assert outcome.drafted.parents.tolist() == tree.parents.tolist()
+        assert outcome.verified == 5 and found.rounds[number].drafted == len(tree) - 1
+        assert outcome.promised == pytest.approx(outcome.drafted.expected(len(tree)))
 
 
 @pytest.mark.usefixtures("known_costs")
