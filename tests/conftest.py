@@ -9,16 +9,17 @@ import copy
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 
 if not os.path.exists("/dev/nvidia0"):
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which transformers may do
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, settings
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from warm_process import WarmProcesses
 
 from specextend.config import SpecExtendConfig, override
 from specextend.drafting.small_lm import ClassicDrafter
@@ -31,40 +32,22 @@ from specextend.models.presets import Preset
 torch.set_num_threads(1)
 
 
-def hasten_interpreter() -> None:
-    """Half of the time of Triton's interpreter goes into what these tests do not need.
-
-    It prepares the language anew at every call of a function by a kernel, where once for each module and launch is
-    enough, and adds up everything twice to see whether it overflows; `tests/kernels` lets it look.
-    """
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    launch, prepare, prepared = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
-
-    def launch_anew(executor, *args, **named):
-        prepared.clear()
-        return launch(executor, *args, **named)
-
-    def call(function, *args, **named):
-        module = function.fn.__module__
-        if module not in prepared:
-            prepare(function.fn)
-            prepared.add(module)
-        try:
-            return function.rewrite()(*args, **named)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.GridExecutor.__call__ = launch_anew
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-
-
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    hasten_interpreter()
+    quick_interpreter.hasten()
 settings.register_profile(
     "suite", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 settings.load_profile("suite")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of an xdist group stay together: xdist 3.8 writes the group into a name that pytest 9.2 does not read."""
+    for item in items:
+        name = getattr(item, "_nodeid", item.nodeid)
+        if name != item.nodeid:
+            item._id = type(item._id).parse(name)
+
 
 VOCAB = 97
 SIZES = {
@@ -257,3 +240,10 @@ def bundled_engine(bundled_models) -> SpecExtend:
     """SpecExtend around the bundled pair, with a fixed tree: its rounds do not depend on how fast they run."""
     tree = {"nodes": 12, "max_depth": 8, "threshold": 0.35, "min_probability": 0.06}
     return SpecExtend(bundled_models, override(default_config(bundled_models), {"tree": tree}))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcesses]:
+    """Processes that have imported everything; whoever asks for them is of the xdist group "warm", which starts one."""
+    with WarmProcesses() as processes:
+        yield processes

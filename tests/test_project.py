@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -32,6 +33,12 @@ def test_license_is_the_one_that_is_declared():
 def test_ruff_has_one_version_everywhere():
     files = ("requirements-dev.txt", "pyproject.toml", ".pre-commit-config.yaml")
     assert {pin for name in files for pin in re.findall(r"ruff==([\d.]+)", (ROOT / name).read_text())} == {"0.17.6"}
+
+
+@pytest.mark.xdist_group("known")
+def test_groups_of_tests_are_known_to_xdist(request):
+    """Or each worker would train, and start a cluster, for itself."""
+    assert "PYTEST_XDIST_WORKER" not in os.environ or request.node.nodeid.endswith("@known")
 
 
 @pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "specextend").glob("*/__init__.py")))

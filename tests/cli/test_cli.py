@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from specextend.cli import commands, flags
 from specextend.cli.reporter import ConsoleReporter
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig
+from specextend.data import encoded
 from specextend.data.builtin import builtin_text
 from specextend.data.encoded import EncodedPrompt
 from specextend.decoding.output import Generation, Output, Round
@@ -201,7 +202,9 @@ def run_classic():
 def classic(run_classic, tiny_pair, monkeypatch, capsys):
     """classic(*flags): (status, stdout, stderr) of `run_classic.py` on the tiny pair."""
 
-    def call(*words: str, pair: bool = True) -> tuple[int, str, str]:
+    def call(*words: str, pair: bool = True, whole: bool = False) -> tuple[int, str, str]:
+        if not whole:  # most of a run's time would go into encoding what is cut off
+            monkeypatch.setattr(encoded, "builtin_text", lambda: builtin_text()[:20_000])
         target, draft = tiny_pair
         named = ["--model_name", str(target), "--draft_model", str(draft)] if pair else []
         monkeypatch.setattr(sys, "argv", ["run_classic.py", *named, *map(str, words)])
@@ -311,7 +314,7 @@ def test_built_in_text_fills_what_the_model_holds(classic):
 
 @pytest.mark.parametrize("length", [100, 300])
 def test_built_in_text_is_said_to_be_as_long_as_it_is(length, classic):
-    _, whole, _ = classic("-max", "4", "--input_len", str(length))
+    _, whole, _ = classic("-max", "4", "--input_len", str(length), whole=True)
     said = re.search(rf"{length} tokens, cut from (\d+)", whole)
     assert int(said[1]) > len(builtin_text()) // 2  # nearly a token per character
 
@@ -562,20 +565,19 @@ def test_output_that_cannot_be_written_is_one_line_and_a_status(end, tmp_path):
     assert done.wait() == (2 if end == "full" else 141)
 
 
-def run_process(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "run_classic.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=600)
-
-
 def test_process_answers_from_any_directory(tiny_pair):
     target, draft = map(str, tiny_pair)
-    done = run_process("-m", target, "--draft_model", draft, *SHORT, "--use_specextend", "--output_result_line")
+    flags = ["-m", target, "--draft_model", draft, *SHORT, "--use_specextend", "--output_result_line"]
+    command = [sys.executable, str(ROOT / "run_classic.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=600)
     assert done.returncode == 0, done.stderr
     assert results(done.stdout)[-1]["new_tokens"] == 8 and "Traceback" not in done.stderr
 
 
-def test_process_ends_a_mistake_with_one_line_and_status_2(tiny_pair):
+@pytest.mark.xdist_group("warm")
+def test_process_ends_a_mistake_with_one_line_and_status_2(tiny_pair, warm):
     target, draft = map(str, tiny_pair)
-    done = run_process("-m", target, "--draft_model", draft, "--input_file", "/no/such/file.jsonl")
+    flags = ["-m", target, "--draft_model", draft, "--input_file", "/no/such/file.jsonl"]
+    done = warm.run(str(ROOT / "run_classic.py"), *flags, cwd=Path("/"))
     assert done.returncode == 2 and "/no/such/file.jsonl" in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -17,7 +17,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from specextend.cli import commands, flags
+from specextend.data import encoded
+from specextend.data.builtin import builtin_text
 from specextend.methods import METHODS
+from specextend.policy import costs
 
 EXAMPLES = int(os.environ.get("SPECEXTEND_EXAMPLES", "150"))
 LIMIT = 256
@@ -98,6 +101,7 @@ def run_line(pair_dirs) -> Callable[[list[str]], tuple[int, list[tuple[list[int]
     The real parser, checks and config; models are loaded once per dtype.
     """
     loaded: dict[str, object] = {}
+    text = builtin_text()[: 8 * LIMIT]  # the whole takes longer to encode than all that is tried takes to run
     answers: list[tuple[list[int], list[int]]] = []
 
     class Recorder(commands.ConsoleReporter):
@@ -130,6 +134,8 @@ def run_line(pair_dirs) -> Callable[[list[str]], tuple[int, list[tuple[list[int]
         answers.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(commands, "ConsoleReporter", Recorder)
+            patch.setattr(encoded, "builtin_text", lambda: text)
+            patch.setattr(costs, "REPEATS", 1)
             try:
                 flags.run(lambda: main(words))
             except SystemExit as exit_:

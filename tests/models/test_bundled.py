@@ -5,6 +5,8 @@ These tests fail when the weights are missing; they are never skipped.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,9 +17,11 @@ import eagle
 from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data.builtin import builtin_text
+from specextend.decoding.output import Generation
 from specextend.evaluation.plan import public_name
 from specextend.models.presets import BUNDLED_DIR, public_id
 
+pytestmark = pytest.mark.xdist_group("bundled")  # long prompts are answered once for several tests
 NEW = 32
 STANDARD, SPECEXTEND = SpecExtendConfig.standard(), SpecExtendConfig.specextend()
 
@@ -104,17 +108,25 @@ def head_engine(request) -> SpecExtend:
     return SpecExtend(eagle.load_models("bundled", head=request.param, device="cpu"))
 
 
+@pytest.fixture(scope="module")
+def answers(head_engine, document) -> Callable[[SpecExtendConfig], dict[int, Generation]]:
+    """answers(config): to prompts of the lengths of `alone`, the longest first; one engine for each config."""
+
+    @functools.cache
+    def of(config: SpecExtendConfig) -> dict[int, Generation]:
+        engine = head_engine.with_config(config)
+        return {n: engine.generate(document[:n], NEW) for n in (2500, 400, 30, 1)}
+
+    return of
+
+
 @pytest.mark.parametrize("config", [STANDARD, SPECEXTEND], ids=["standard", "specextend"])
-def test_bundled_heads_are_lossless(config, head_engine, alone, document):
-    engine = head_engine.with_config(config)
-    for length, tokens in alone.items():
-        assert engine.generate(document[:length], NEW).token_ids == tokens
+def test_bundled_heads_are_lossless(config, answers, alone):
+    assert {length: answer.token_ids for length, answer in answers(config).items()} == alone
 
 
-def test_bundled_heads_are_of_use_and_retrieval_keeps_them_so(head_engine, document):
-    short = head_engine.with_config(SPECEXTEND).generate(document[:400], NEW)
-    long = head_engine.with_config(SPECEXTEND).generate(document, NEW)
-    collapsed = head_engine.with_config(STANDARD).generate(document, NEW)
+def test_bundled_heads_are_of_use_and_retrieval_keeps_them_so(answers):
+    short, long, collapsed = answers(SPECEXTEND)[400], answers(SPECEXTEND)[2500], answers(STANDARD)[2500]
     assert short.accepted_per_round > 1 and long.accepted_per_round > collapsed.accepted_per_round
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -339,13 +337,11 @@ def test_a_gguf_target_decodes_losslessly(small):
     assert engine.generate(prompt, 40).token_ids == engine.autoregressive(prompt, 40).token_ids
 
 
-def test_run_scripts_end_with_one_line_and_status_2_on_a_cut_file(small, tmp_path):
+@pytest.mark.xdist_group("warm")
+def test_run_scripts_end_with_one_line_and_status_2_on_a_cut_file(warm, small, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(small.read_bytes()[:5000])
-    done = subprocess.run(
-        [sys.executable, "run_classic.py", "-m", cut, "--method", "prompt_lookup"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+    done = warm.run(str(Path(__file__).parents[2] / "run_classic.py"), "-m", cut, "--method", "prompt_lookup")
     lines = [line for line in done.stderr.splitlines() if not line.startswith("loading ")]
     assert done.returncode == 2 and len(lines) == 1 and "cut off or damaged" in lines[0], done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from specextend.evaluation.records import SampleRecord
 from specextend.models import tensor_parallel
 from specextend.models.tensor_parallel import Ranks
 
+pytestmark = pytest.mark.xdist_group("warm")  # and two ranks work once for all of them
 needs_torchrun = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None or not torch.distributed.is_gloo_available(),
     reason="transformers shards with accelerate, ranks on a CPU talk by gloo",
@@ -46,8 +48,8 @@ def pairs(make_model, perturbed):
 
 
 @pytest.fixture(scope="session")
-def seen(pairs, tmp_path_factory) -> dict:
-    """What two ranks saw; `folder` is where they worked."""
+def seen(pairs, warm, tmp_path_factory) -> dict:
+    """What two ranks saw, started as torchrun would; `folder` is where they worked."""
     folder = tmp_path_factory.mktemp("ranks")
     for name, (target, _) in pairs.items():
         target.save_pretrained(folder / name)
@@ -59,11 +61,16 @@ def seen(pairs, tmp_path_factory) -> dict:
     data = ["--data_dir", str(toys), "--output_file", str(folder / "{method}.json"), "--tensor_parallel"]
     run = ["--use_specextend", "--tensor_parallel", "--input_len", "100", "-max", "12", "--output_result_line"]
     (folder / "programs.json").write_text(json.dumps([["run_classic.py", run], ["eval_classic.py", EVAL + data]]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/on_ranks.py", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "seen.json").read_text()) | {"folder": folder, "stderr": done.stderr}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [
+        warm.start(str(ROOT / "tests" / "on_ranks.py"), folder, env=meeting | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    for done in [rank.wait() for rank in ranks]:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "seen.json").read_text()) | {"folder": folder}
 
 
 @needs_torchrun

@@ -15,6 +15,7 @@ from specextend.decoding.output import Generation, Round
 from specextend.errors import CapacityError, ModelError
 from specextend.race.record import Progress, Race, Racetrack, differs_at, steps_of
 
+pytestmark = pytest.mark.xdist_group("race")  # one race serves most of them
 NEW = 30
 
 

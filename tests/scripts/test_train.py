@@ -1,11 +1,12 @@
 """The training script of the bundled pair, end to end on tiny models, and the parts whose mistakes would be silent."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,17 +43,18 @@ from specextend.config import SpecExtendConfig
 from specextend.evaluation.answers import ends_in_loop, repeated_share
 from specextend.models.loading import load_models
 
+pytestmark = pytest.mark.xdist_group("warm")  # and one training serves many of them
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = {
+TINY = {  # a step counts as 0.2 s, as 1 s where heads are trained: a checkpoint after 50 steps, and after 10
     "vocab_size": 400, "validation_tokens": 6000, "num_facts": 50, "target_hidden": 32, "target_layers": 2,
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
-    "draft_batch": 4, "target_seconds": 1.5, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
-    "draft_seconds": 0.7, "generation_answer": 64, "eagle_budget": 150, "eagle_lr": 3e-3, "eagle_batch": 4,
+    "draft_batch": 4, "target_seconds": 30.0, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
+    "draft_seconds": 14.0, "generation_answer": 64, "eagle_budget": 150, "eagle_lr": 3e-3, "eagle_batch": 4,
     "eagle_vocab": 200, "eagle_layers": "0,1,2", "eagle_steps": 3, "eagle_validations": 2, "warmup_steps": 5,
-    "uncounted_steps": 2, "log_steps": 5, "validations": 2, "checkpoint_seconds": 0.5,
-    "step_seconds": 0.01, "measure_windows": 2, "measure_prompts": 3,
+    "uncounted_steps": 2, "log_steps": 5, "validations": 2, "checkpoint_seconds": 10.0,
+    "step_seconds": 0.2, "measure_windows": 2, "measure_prompts": 3,
 }  # fmt: skip
 
 
@@ -92,16 +94,15 @@ def tokenizer(corpus: Path):
     return train_tokenizer(read_documents([corpus], 0), Settings(**TINY))
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess:
+@pytest.fixture(scope="module")
+def run_script(warm) -> Callable[..., subprocess.CompletedProcess]:
+    """run_script(arguments): the script as it ends in a process of its own."""
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "scripts.train", "--device=cpu", "--no-compile", *flags]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other beside another test wait long
-    options = {"cwd": ROOT, "env": alone, "capture_output": True, "text": True, "timeout": 1500}
-    return subprocess.run([*command, *map(str, arguments)], **options)
+    return partial(warm.run, "scripts.train", "--device=cpu", "--no-compile", *flags)
 
 
 @pytest.fixture(scope="module")
-def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(run_script, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pair")
     done = run_script("--corpus", corpus, "--out", out, "--what", "pair", "eagle1", "eagle3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -147,7 +148,7 @@ def test_trained_heads_load_and_have_learned(trained: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_heads_of_any_target_are_trained_in_several_calls_and_draft_losslessly(
-    model_type: str, corpus: Path, tokenizer, tmp_path: Path
+    model_type: str, run_script, corpus: Path, tokenizer, tmp_path: Path
 ) -> None:
     target, out = small_target(tmp_path / "target", tokenizer, model_type), tmp_path / "heads"
     arguments = ("--corpus", corpus, "--out", out, "--target", target, "--eagle_budget", 40)
@@ -175,7 +176,7 @@ def test_heads_of_any_target_are_trained_in_several_calls_and_draft_losslessly(
         assert engine.generate(prompt, 40).token_ids == engine.autoregressive(prompt, 40).token_ids
 
 
-def test_mistakes_about_the_target_are_one_line_and_status_2(corpus: Path, tmp_path: Path) -> None:
+def test_mistakes_about_the_target_are_one_line_and_status_2(run_script, corpus: Path, tmp_path: Path) -> None:
     out = ("--corpus", corpus, "--out", tmp_path / "out")
     for arguments, said in (
         (("--target", tmp_path / "none.gguf"), "does not exist"),
@@ -239,7 +240,7 @@ def test_divergence_in_chunks_has_the_gradient_of_the_plain_formula(known, monke
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_heads_of_a_finished_target_take_its_tokenizer(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_heads_of_a_finished_target_take_its_tokenizer(run_script, trained: Path, corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"  # as it ships: without the folder that only resuming needs
     shutil.copytree(trained, out, ignore=shutil.ignore_patterns("work", "eagle*"))
     record = json.loads((out / "training_record.json").read_text())
@@ -251,14 +252,17 @@ def test_heads_of_a_finished_target_take_its_tokenizer(trained: Path, corpus: Pa
     assert "eagle3" not in json.loads(done.stdout.splitlines()[-1])["finished"]
 
 
-def test_finished_stages_are_skipped_and_other_sizes_refused(trained: Path, corpus: Path, tmp_path: Path) -> None:
+def test_finished_stages_are_skipped_and_other_sizes_refused(
+    run_script, trained: Path, corpus: Path, tmp_path: Path
+) -> None:
     before = (trained / "target" / "model.safetensors").stat().st_mtime_ns
     again = run_script("--corpus", corpus, "--out", trained)
     assert again.returncode == 0 and again.stdout.count("already done, skipped") == 4
     assert (trained / "target" / "model.safetensors").stat().st_mtime_ns == before
     other = run_script("--corpus", corpus, "--out", trained, "--seed", 7)
     assert other.returncode == 2 and "seed 0 -> 7" in other.stderr
-    missing = run_script("--corpus", tmp_path / "nowhere", "--out", tmp_path / "out")
+    cold = [sys.executable, "-m", "scripts.train", "--corpus", tmp_path / "nowhere", "--out", tmp_path / "out"]
+    missing = subprocess.run(cold, cwd=ROOT, capture_output=True, text=True)  # which imports everything itself
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
 
 
@@ -385,7 +389,7 @@ def test_loop_measures_tell_loops_from_text() -> None:
 
 
 def test_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    settings = Settings(**TINY | {"checkpoint_seconds": 0.05, "validations": 100})
+    settings = Settings(**TINY | {"checkpoint_seconds": 0.05, "step_seconds": 0.01, "validations": 100})
     rows = RowSource(np.arange(3, 400, dtype=np.uint16).repeat(10), [], replace(Mix(), fact_rows=0.0), seed=0)
 
     def trainer(seconds: float) -> Trainer:

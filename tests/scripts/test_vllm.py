@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,8 +51,8 @@ def test_a_prompt_is_read_for_one_token_and_for_many_and_its_rounds_are_those_of
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_it_says_so_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "scripts.bench.vllm", "--data_dir", str(tmp_path), "--output", str(tmp_path)]
-    run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+@pytest.mark.xdist_group("warm")
+def test_without_vllm_it_says_so_in_one_line(warm, tmp_path):
+    run = warm.run("scripts.bench.vllm", "--data_dir", tmp_path, "--output", tmp_path)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "pip install vllm" in run.stderr
     assert not list(tmp_path.iterdir())
