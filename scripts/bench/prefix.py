@@ -118,7 +118,8 @@ def compared(kept: Generation, whole: Generation) -> dict[str, Any]:
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
-    """Shares of the first question's seconds, medians; turns whose tokens and accepted drafts are a fresh engine's."""
+    """Shares of the first question's seconds, which may hold what is done once for all, and of reading the whole in the
+    same state, medians; turns whose tokens and accepted drafts are a fresh engine's."""
     first, *rest = record["questions"]
     turns = [row for rows in record["conversations"].values() for row in rows]
     later = [row["ttft_s"] / row["whole_ttft_s"] for rows in record["conversations"].values() for row in rows[1:]]
@@ -126,6 +127,7 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
         "first_ttft_s": first["ttft_s"],
         "second_over_first": rest[0]["ttft_s"] / first["ttft_s"],
         "later_over_first": statistics.median(row["ttft_s"] for row in rest) / first["ttft_s"],
+        "question_over_whole": statistics.median(row["ttft_s"] / row["whole_ttft_s"] for row in rest),
         "back_over_first": record["return"]["back_ttft_s"] / record["return"]["first_ttft_s"],
         "turn_over_whole": statistics.median(later),
         "turns": len(turns),

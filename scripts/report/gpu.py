@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ STEPS = {  # of a row of `steps`, by their names in the summary
     "verify": "verify", "autoregressive": "ar_graph", "round": "round", "draft": "draft_tree", "refresh": "refresh",
     "byte_floor": "byte_floor",
 }  # fmt: skip
+SHOWN = 1000, 16000  # prompt tokens
 STEP_COLUMNS = [
     Column("byte floor", "byte_floor_ms"),
     Column("AR token", "autoregressive_ms"),
@@ -26,12 +27,19 @@ STEP_COLUMNS = [
 ]
 
 
-def gpu_reports(results: Path) -> Iterator[str]:
-    """A section per GPU: what a round costs."""
-    for path, record in read_documents(results, "bench.json"):
-        section = attempt(path, lambda record=record: "\n\n".join(_section(record)))
-        if section:
-            yield section
+def step_reports(results: Path) -> list[str]:
+    """What the steps of a round cost, for every GPU on which they were timed."""
+    return _sections(results, _steps)
+
+
+def slot_reports(results: Path) -> list[str]:
+    """What a verification costs by its slots, for every GPU on which that was timed."""
+    return _sections(results, _slots)
+
+
+def _sections(results: Path, make: Callable[[dict[str, Any]], list[str]]) -> list[str]:
+    made = (attempt(path, lambda r=record: make(r)) for path, record in read_documents(results, "bench.json"))
+    return ["\n\n".join(section) for section in made if section]
 
 
 def _about(record: dict[str, Any]) -> str:
@@ -43,23 +51,27 @@ def _about(record: dict[str, Any]) -> str:
     )
 
 
-def _section(record: dict[str, Any]) -> Iterator[str]:
-    steps, slots = steps_of(record), pd.DataFrame(record.get("slots", []))
-    if not slots.empty:
-        shape = record["shape"]
-        yield (
-            f"One {record['gpu']}, {record['dtype']}, the bundled pair widened to {shape['layers']} layers of "
-            f"{shape['hidden']}: milliseconds of a verification by its slots, which priced trees choose among."
-        )
-        table = slots.pivot(index="tokens", columns="slots", values="ms").map("{:.2f}".format)
-        yield lines_of(table.rename(columns=str).to_dict(orient="index"), "prompt tokens")
+def _slots(record: dict[str, Any]) -> list[str]:
+    slots = pd.DataFrame(record.get("slots", []))
+    if slots.empty:
+        return []
+    shape, table = record["shape"], slots.pivot(index="tokens", columns="slots", values="ms").map("{:.2f}".format)
+    return [
+        f"One {record['gpu']}, {record['dtype']}, the bundled pair widened to {shape['layers']} layers of "
+        f"{shape['hidden']}: milliseconds of a verification by its slots, which priced trees choose among.",
+        lines_of(table.rename(columns=str).to_dict(orient="index"), "prompt tokens"),
+    ]
+
+
+def _steps(record: dict[str, Any]) -> list[str]:
+    steps = [step for step in steps_of(record) if step["tokens"] in SHOWN]
     if not steps:
-        return
-    yield (
+        return []
+    return [
         f"{_about(record)} Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over "
-        "weights and cache at the bandwidth measured beside them."
-    )
-    yield table_of(pd.DataFrame(steps).set_index("tokens").rename_axis("prompt tokens"), STEP_COLUMNS)
+        "weights and cache at the bandwidth measured beside them.",
+        table_of(pd.DataFrame(steps).set_index("tokens").rename_axis("prompt tokens"), STEP_COLUMNS),
+    ]
 
 
 def steps_of(record: dict[str, Any]) -> list[dict[str, Any]]:

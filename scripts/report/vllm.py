@@ -51,13 +51,12 @@ def _section(record: dict[str, Any], file: str) -> Iterator[str]:
         f"{environment['torch']}; both engines read the same checkpoints (the bundled pair widened to "
         f"{record['shape']['layers']} layers of {record['shape']['hidden']}) and the same prompts, {prompts.min()} per "
         f"length. Seconds of whole calls by the clock, medians of {len(rows['one_token_s'].iloc[0])}: prefill is a "
-        f"call for one token, decoding what a call for {rows['decoded'].max() + 1} takes longer."
+        f"call for one token, decoding what a call for {rows['decoded'].max() + 1} takes longer. "
+        f"File: [{file}]({file}).\nAutoregressive decoding, and reading the prompt:"
     )
-    yield "Autoregressive decoding, and reading the prompt:"
     yield table_of(figures, AUTOREGRESSIVE)
     yield "Decode tokens/s:"
     yield table_of(figures, SPECULATIVE)
-    yield f"File: [{file}]({file})."
 
 
 def on_shared_prompts(rows: pd.DataFrame) -> pd.DataFrame:
