@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|paper] [flags of Ray]
+# Every table and figure of the paper, measured anew:  bash scripts/reproduce_all.sh [bundled|gpu|paper] [flags of Ray]
 #   bundled   the pair in this checkout, no download; 12 minutes on two CPU cores with the built-in text (the default),
 #             longer with the data sets that lie in DATA; on a GPU also scripts.bench.gpu
+#   gpu       the records of results/h200: this checkout's models at the cost of 7B and 8B, all arms and autoregressive
+#             decoding in turns on each prompt; three hours on one H200, `timeout 600` takes a step of ten minutes
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
@@ -85,6 +87,43 @@ paper() {
         --output_file "$out/analysis.json"
 }
 
+gpu() {
+    local standard="standard:tree=paper" full="fa_hta:tree=paper" window="fa_hta_streaming:tree=paper"
+    local ours="specextend:tree=paper specextend:tree=price" sooner="specextend:nodes=50,max_depth=10,threshold=0.15"
+    local fixed="$sooner specextend:nodes=50,max_depth=12,threshold=0.05 prompt_lookup"
+    local own="$data/govreport $data/pg19 $data/booksum" cut="$data/smollm2/govreport $data/smollm2/pg19 $data/smollm2/booksum"
+    local head
+    "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data"
+    "$python" scripts/prepare_data.py govreport pg19 booksum --same_documents -m smollm2 --root "$data/smollm2"
+    arms() { # entry point, record, data sets, lengths, temperatures, arms, further flags
+        local script=$1 record=$2 sets=$3 lengths=$4 temperatures=$5 arms=$6
+        shift 6
+        "$python" "$script" --data_dir $sets -l $lengths -t $temperatures --arms $arms -n "${SHORT:-10}" -r 1 --dtype float16 \
+            --output_file "$out/$record.json" "$@"
+    }
+    for head in eagle3 eagle1; do
+        arms eval_eagle.py smollm2/smollm2_$head "$cut" "512 1K 2K 4K 8K" "0.7 0" "$full $window $ours" \
+            -max 200 -m smollm2 --head $head --widen llama31_8b
+        arms eval_eagle.py smollm2/smollm2_${head}_native "$cut" "512 8K" 0.7 \
+            "$full $window $ours specextend:tree=paper,top_k=16 specextend:tree=paper,top_k=64" -max 200 -m smollm2 --head $head
+    done
+    arms eval_classic.py classic/classic_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours $fixed" \
+        -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/classic_16K "$own" 16K "0.8 0" "$full $window $ours $fixed" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/classic_t1.2 "$own" "1K 4K 16K" 1.2 "$ours $sooner" -max 200 --widen vicuna_7b
+    arms eval_eagle.py eagle1/eagle1_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours" \
+        -max 200 --head eagle1 --widen vicuna_7b
+    arms eval_eagle.py eagle1/eagle1_16K "$own" 16K "0.8 0" "$full $window $ours" -max 200 --head eagle1 --widen vicuna_7b
+    arms eval_eagle.py aime/aime24_eagle3 "$data/aime24" all 0.5 "$full $ours" -max 8000 --head eagle3 --widen llama31_8b
+    if [ ! -e "$out/prefix.json" ]; then
+        "$python" -m scripts.bench.prefix --widen vicuna_7b --dtype float16 --output "$out/prefix.json"
+    fi
+    if [ ! -e "$out/bench.json" ]; then
+        "$python" -m scripts.bench.gpu --output "$out"
+    fi
+    "$python" -m scripts.report.evidence "$out" --output "$out/tables" --figures "$out/figures"
+}
+
 estimate() { # prompts per length, runs
     # 256 tokens by the method and 256 autoregressively at some 25 ms each, and two prefills: about 12 s on an A100
     local generations=$((3 * (14 + 2 + 3 * 2) * 5 * $1 * $2 + 3 * $1 * $2))
@@ -98,7 +137,9 @@ TEXT
 
 case $what in
     bundled | paper) "$what" ;;
-    *) echo "reproduce_all.sh: $what is unknown; say bundled or paper" >&2 && exit 2 ;;
+    gpu) [ ${#spread[@]} = 0 ] || { echo "reproduce_all.sh: gpu takes no flags of Ray; one process measures all arms" >&2 && exit 2; }
+        gpu && exit ;;
+    *) echo "reproduce_all.sh: $what is unknown; say bundled, gpu or paper" >&2 && exit 2 ;;
 esac
 "$python" -m scripts.report.plots --results "${TABLES:-$out}"
 "$python" -m scripts.report.tables --html --results "${TABLES:-$out}"

@@ -5,14 +5,14 @@ whether the target's own text went there. `replay` lets a policy decide over the
 real code of growth, cut and learning, and adds up what its rounds would cost by a table of costs.
 
     python -m scripts.analysis.replay record --data_dir data/pg19 --lengths 4K --temperature 0.8 --out trees.npz
-    python -m scripts.analysis.replay score trees.npz
+    python -m scripts.analysis.replay score trees.npz --output results/cpu/replay.json
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from specextend.config import SamplingConfig, TreeConfig
 from specextend.drafting.expansion import Level, grow
 from specextend.engine import SpecExtend
+from specextend.evaluation.journal import write_json
 from specextend.evaluation.plan import read_buckets
 from specextend.policy.costs import Costs, Curve
 from specextend.policy.policies import FixedTree, Outcome, Policy, PricedTree
@@ -120,7 +121,11 @@ def load(path: Path) -> list[Output]:
 
 @dataclass
 class Score:
-    """What a policy made of an output, `speedup` over rounds that do not speculate."""
+    """What a policy made of an output, `speedup` over rounds that do not speculate.
+
+    Attributes:
+        said, came: of every drafted node, the probability that the target accepts the path to it, and whether it did.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
@@ -128,6 +133,8 @@ class Score:
     rounds: int = 0
     plain_rounds: int = 0
     switches: int = 0
+    said: list[np.ndarray] = field(default_factory=list)
+    came: list[np.ndarray] = field(default_factory=list)
 
     @property
     def speedup(self) -> float:
@@ -150,9 +157,11 @@ def replay(policy: Policy, output: Output, costs: Costs, refresh: float = 0.0, e
         nodes = 0 if drafted is None else policy.size(drafted.reach[1:], context)
         verified = nodes + 1
         rest = output.tokens[at + 1 :]
-        tokens = rest[: 1 + (_accepted(drafted.most_probable(nodes), rest) if nodes else 0)]
+        tokens = rest[: 1 + (len(_path(drafted.most_probable(nodes), rest)) if nodes else 0)]
         seconds = {"draft": 0.0, "verify": costs.verifying(verified, context), "accept": 0.0, "host": 0.0}
         if grown is not None:
+            score.said.append(np.exp(drafted.reach[1:]))
+            score.came.append(np.isin(np.arange(1, len(drafted)), _path(drafted, rest)))
             seconds["draft"] = costs.draft(len(grown.passes), sum(grown.passes))
             if refresh and (score.rounds - score.plain_rounds) % every == 0:
                 seconds["retrieve"] = refresh
@@ -207,15 +216,23 @@ class _Regrown:
         return rows
 
 
-def _accepted(tree: HostTree, text: list[int]) -> int:
-    """How many tokens of `text` a path of `tree` foretells."""
-    at, depth = 0, 0
+def _path(tree: HostTree, text: list[int]) -> list[int]:
+    """The nodes of `tree` below the root that foretell `text`."""
+    path = [0]
     for token in text:
-        found = np.flatnonzero((tree.parents == at) & (tree.tokens == token))
+        found = np.flatnonzero((tree.parents == path[-1]) & (tree.tokens == token))
         if not len(found):
             break
-        at, depth = int(found[0]), depth + 1
-    return depth
+        path.append(int(found[0]))
+    return path[1:]
+
+
+def calibration_error(said: np.ndarray, came: np.ndarray) -> float:
+    """Expected calibration error of probabilities `said` [n] for what `came` [n] true, in ten equal bins."""
+    if not len(said):
+        return 0.0
+    bins = np.minimum((said * 10).astype(int), 9)
+    return float(np.abs(np.bincount(bins, weights=said - came)).sum() / len(said))
 
 
 def machines() -> dict[str, Costs]:
@@ -255,9 +272,26 @@ def scores(outputs: list[Output]) -> pd.DataFrame:
                 rows.append(
                     {"machine": machine, "output": output.name, "policy": name, "seconds": one.seconds,
                      "plain": one.plain_seconds, "speedup": one.speedup, "tokens_per_round": one.tokens / one.rounds,
-                     "plain_share": one.plain_rounds / one.rounds, "switches": 100 * one.switches / one.rounds}
+                     "plain_share": one.plain_rounds / one.rounds, "switches": 100 * one.switches / one.rounds,
+                     "said": np.concatenate(one.said or [np.empty(0)]),
+                     "came": np.concatenate(one.came or [np.empty(0)])}
                 )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def table_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row per machine, cell and policy: sums over the outputs of a cell, `worst` of them, switches in 100 rounds."""
+    frame = frame.assign(cell=frame["output"].str.replace(r", \d+$", "", regex=True))
+    groups = frame.groupby(["machine", "cell", "policy"], sort=False)
+    shown = groups[["plain", "seconds"]].sum().assign(speedup=lambda one: one["plain"] / one["seconds"])
+    shown["outputs"], shown["worst"] = groups.size(), groups["speedup"].min()
+    shown = shown.join(groups[["tokens_per_round", "plain_share", "switches"]].mean()).drop(
+        columns=["plain", "seconds"]
+    )
+    shown["calibration_error"] = [
+        calibration_error(*(np.concatenate(list(of[name])) for name in ("said", "came"))) for _, of in groups
+    ]
+    return shown
 
 
 def main() -> None:
@@ -272,6 +306,7 @@ def main() -> None:
     recording.add_argument("--out", type=Path, required=True)
     scoring = commands.add_parser("score", help="replay policies over recorded trees")
     scoring.add_argument("trees", type=Path, nargs="+")
+    scoring.add_argument("--output", type=Path, help="file for the table, as JSON")
     args = parser.parse_args()
     if args.command == "record":
         engine = SpecExtend.from_pretrained(eager=True, prefix_reuse=False)
@@ -285,12 +320,11 @@ def main() -> None:
         save(args.out, record(engine, prompts, args.new_tokens, args.temperature))
         return
     frame = scores([output for path in args.trees for output in load(path)])
-    frame["cell"] = frame["output"].str.replace(r", \d+$", "", regex=True)
-    sums = frame.groupby(["machine", "cell", "policy"], sort=False)
-    shown = sums[["plain", "seconds"]].sum().assign(speedup=lambda one: one["plain"] / one["seconds"])
-    shown["worst"] = sums["speedup"].min()
-    shown = shown.join(sums[["tokens_per_round", "plain_share", "switches"]].mean()).drop(columns=["plain", "seconds"])
+    shown = table_of(frame)
     print(shown.round(2).to_string())
+    if args.output:
+        rows = shown.reset_index().to_dict(orient="records")
+        write_json(args.output, {"trees": [path.name for path in args.trees], "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.analysis.replay import FixedTree, load, machines, policies, record, replay, save
+from scripts.analysis.replay import FixedTree, calibration_error, load, machines, policies, record, replay, save
 from specextend.config import SpecExtendConfig, TreeConfig
 from specextend.trees.growth import Growth
 
@@ -45,6 +45,23 @@ def test_a_policy_that_never_speculates_costs_what_autoregressive_decoding_costs
     for output in OUTPUTS:
         score = replay(Off(TreeConfig()), output, machines()[machine])
         assert score.speedup == pytest.approx(1) and score.plain_rounds == score.rounds == len(output.tokens) - 1
+
+
+def test_the_error_of_probabilities_is_what_bins_are_off_by():
+    assert calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([True, False, False, False])) == 0
+    assert calibration_error(np.array([1.0, 1.0]), np.array([True, False])) == 0.5
+    assert calibration_error(np.array([0.1, 0.9]), np.array([True, True])) == pytest.approx((0.9 + 0.1) / 2)
+    assert calibration_error(np.empty(0), np.empty(0, dtype=bool)) == 0
+
+
+def test_paths_are_accepted_as_often_as_is_said():
+    costs = next(iter(machines().values()))
+    priced = [replay(dict(policies(costs))["priced"], output, costs) for output in OUTPUTS]
+    said, came = (np.concatenate([one for score in priced for one in getattr(score, of)]) for of in ("said", "came"))
+    assert len(said) > 1000 and came.any() and calibration_error(said, came) < 0.06
+    assert sum(int(one.sum()) for score in priced for one in score.came) >= sum(
+        score.tokens - score.rounds for score in priced
+    )  # what was verified is a part of what was drafted
 
 
 def test_recorded_trees_are_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from specextend.cli import commands, flags
 from specextend.evaluation.environment import ROOT
 from specextend.methods import METHODS
 
@@ -70,9 +72,37 @@ def test_paper_says_first_what_it_will_take(tmp_path):
     assert "GB" in said and "hours" in said and not any(map(is_command, lines[:3]))
 
 
+def test_gpu_measures_arms_beside_each_other_and_ends_in_their_pages(tmp_path):
+    lines, _, status = commands_of("gpu", DATA=tmp_path, OUT=tmp_path / "out")
+    assert status == 0 and all(is_command(line) and program(line).exists() for line in lines)
+    measured = [line for line in lines if line.startswith("eval_")]
+    records = [Path(flag(line, "--output_file")).relative_to(tmp_path / "out").as_posix() for line in measured]
+    assert len(set(records)) == len(records) and {Path(one).parent.name for one in records} == {
+        path.name for path in (ROOT / "results" / "h200").iterdir() if path.is_dir() and path.name != "logs"
+    } - {"ablation_4k"}
+    assert all("specextend:tree=price" in line for line in measured)
+    assert program(lines[-1]).name == "evidence.py"
+    _, error, status = commands_of("gpu", "--ray", DATA=tmp_path)
+    assert status == 2 and error.count("\n") == 1 and "one process" in error
+
+
+@pytest.mark.parametrize("what", ["bundled", "gpu", "paper"])
+def test_every_flag_of_an_evaluation_is_one_that_it_has(what, bundled_models, tmp_path, monkeypatch):
+    lines, _, _ = commands_of(what, DATA=tmp_path, OUT=tmp_path / "out")
+    parsed = []
+    monkeypatch.setattr(commands, "measure", lambda args, load: parsed.append(args))
+    for line in filter(lambda line: line.startswith("eval_"), lines):
+        script, *words = shlex.split(line)
+        monkeypatch.setattr("sys.argv", [script, *words])
+        importlib.import_module(script.removesuffix(".py")).main()
+        if what == "gpu":
+            assert len(flags.arm_configs(parsed[-1], bundled_models)) == len(parsed[-1].arms)
+    assert len(parsed) > 5
+
+
 def test_anything_else_is_refused_with_one_line():
     lines, error, status = commands_of("papers")
-    assert (lines, status) == ([], 2) and "say bundled or paper" in error and error.count("\n") == 1
+    assert (lines, status) == ([], 2) and "say bundled, gpu or paper" in error and error.count("\n") == 1
 
 
 def test_flags_of_ray_reach_the_evaluations_alone(tmp_path):
