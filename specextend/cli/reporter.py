@@ -78,6 +78,7 @@ class ConsoleReporter:
             self._out.print(runs[shown][0].text, markup=False)
         self._out.print()
         if len(methods) > 1:
+            self._out.print(f"The text above as each method wrote it; speedup: over {[*methods][0]}.", style="dim")
             self._out.print(_figures(runs, self._out.width), soft_wrap=False)
         else:
             self._out.print(_one_line(shown, runs[shown][0]))

