@@ -29,7 +29,9 @@ def test_a_short_document_is_measured(bundled_models):
 def test_the_committed_summary_is_that_of_the_record(path):
     record = json.loads((RESULTS / path).read_text())
     assert summary(record) == pytest.approx(record["summary"])
-    assert record["summary"]["same_tokens"] == record["summary"]["turns"] == 20
+    parted = 0 if record["setting"]["dtype"] == "float32" else 1  # at a near-tie, of two ways to add up in float16
+    assert record["summary"]["turns"] == 20 and record["summary"]["same_tokens"] == 20 - parted
+    assert record["summary"]["question_over_whole"] < 0.05  # a second question's first token, over reading all
     turns = [row for rows in record["conversations"].values() for row in rows]
     kept, whole = (sum(row[name] for row in turns) for name in ("accepted_per_round", "whole_accepted_per_round"))
     assert kept == pytest.approx(whole, rel=0.1)  # priced trees go by the clock: not every round is the same one
