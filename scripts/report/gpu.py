@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def slot_reports(results: Path) -> list[str]:
 
 
 def _sections(results: Path, make: Callable[[dict[str, Any]], list[str]]) -> list[str]:
-    made = (attempt(path, lambda r=record: make(r)) for path, record in read_documents(results, "bench.json"))
+    made = (attempt(path, partial(make, record)) for path, record in read_documents(results, "bench.json"))
     return ["\n\n".join(section) for section in made if section]
 
 

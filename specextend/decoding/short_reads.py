@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from specextend.decoding.backend import unchanged
 from specextend.kernels.tree import TreeNodes
 from specextend.modeling.fused_target import FusedTarget
 from specextend.modeling.target import LastLayer
@@ -38,7 +39,8 @@ class ChainReader:
         count, target = len(block), self._target
         nodes = next(one for one in self._nodes if one.slots >= count)
         target.cache.begin()
-        with nodes.holding(block, self._chains[nodes.slots]):
+        with unchanged(nodes.fields):  # some drafts set theirs once
+            nodes.put_chain(block, self._chains[nodes.slots])
             logits = self._verify(nodes)
         newest = slice(count - 1, count)
         # copies: the next verification writes over all of it

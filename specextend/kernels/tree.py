@@ -10,8 +10,7 @@ index is kept, as a stable sort would.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -328,6 +327,7 @@ class TreeNodes:
         verdict: nodes that are judged in this one's stead in other rounds, and share what is said of the verdict.
     Attributes:
         tokens: [T] int64, parents, depth, used: [T] int32, ancestor_bits: [T, ceil(T / 32)] int32 of the tree.
+        fields: all of these in one piece.
         path, emitted: [P] int64, count, newest: [] int64 of the verdict; beyond `count` anything.
         report: [2 + P] int64, what the host reads of a round: drafted nodes, `count`, `emitted`.
     """
@@ -335,11 +335,11 @@ class TreeNodes:
     def __init__(self, slots: int, depth: int, device: torch.device, verdict: TreeNodes | None = None):
         self.slots = slots
         words = -(-slots // WORD)
-        self._fields = _zeros(device, slots * (5 + words))  # one piece of memory, so that one copy fills it
-        self._staged = torch.zeros(len(self._fields), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self.tokens = self._fields[: 2 * slots].view(torch.int64)
-        self.parents, self.depth, self.used = self._fields[2 * slots : 5 * slots].view(3, slots)
-        self.ancestor_bits = self._fields[5 * slots :].view(slots, words)
+        self.fields = _zeros(device, slots * (5 + words))  # one piece of memory, so that one copy fills it
+        self._staged = torch.zeros(len(self.fields), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.tokens = self.fields[: 2 * slots].view(torch.int64)
+        self.parents, self.depth, self.used = self.fields[2 * slots : 5 * slots].view(3, slots)
+        self.ancestor_bits = self.fields[5 * slots :].view(slots, words)
         steps = min(depth + 1, slots)
         if verdict is None:
             self.path, self.report = (_zeros(device, size, dtype=torch.int64) for size in (steps, 2 + steps))
@@ -361,14 +361,10 @@ class TreeNodes:
             chain.tokens = chain.emitted
         return chain
 
-    @contextmanager
-    def holding(self, tokens: Tensor, chain: TreeNodes) -> Iterator[None]:
-        """Hold `tokens` [n] below each other, as the `chain` of as many slots does; afterwards what was held before."""
-        before = self._fields.clone()
-        self._fields.copy_(chain._fields)
+    def put_chain(self, tokens: Tensor, chain: TreeNodes) -> None:
+        """Hold `tokens` [n] below each other, as the `chain` of as many slots does, whose own tokens fill the rest."""
+        self.fields.copy_(chain.fields)
         self.tokens[: len(tokens)] = tokens
-        yield
-        self._fields.copy_(before)
 
     def begin(self, first: Tensor) -> None:
         """Start a generation: `first` [] is the newest token."""
@@ -389,7 +385,7 @@ class TreeNodes:
         rows[0, :count], rows[1, :count], rows[2, :count] = parents, depth, 1
         packed = b"".join([bits.to_bytes(size, "little") for bits in ancestor_bits])
         fields[5 * slots :][: count * size // 4] = np.frombuffer(packed, dtype=np.int32)
-        self._fields.copy_(self._staged, non_blocking=True)
+        self.fields.copy_(self._staged, non_blocking=True)
 
     @property
     def root(self) -> Tensor:

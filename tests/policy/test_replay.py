@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts.analysis.replay import FixedTree, calibration_error, load, machines, policies, record, replay, save
+from scripts.analysis.replay import (
+    FixedTree,
+    calibration_error,
+    load,
+    machines,
+    policies,
+    record,
+    replay,
+    save,
+    scores,
+    table_of,
+)
 from specextend.config import SpecExtendConfig, TreeConfig
+from specextend.evaluation.environment import ROOT
 from specextend.trees.growth import Growth
 
 OUTPUTS = load(Path(__file__).with_name("trees.npz"))
@@ -62,6 +75,18 @@ def test_paths_are_accepted_as_often_as_is_said():
     assert sum(int(one.sum()) for score in priced for one in score.came) >= sum(
         score.tokens - score.rounds for score in priced
     )  # what was verified is a part of what was drafted
+
+
+def test_the_committed_table_is_that_of_the_recorded_trees():
+    record = json.loads((ROOT / "results" / "cpu" / "replay.json").read_text())
+    found = table_of(scores(OUTPUTS)).reset_index().to_dict(orient="records")
+    assert record["trees"] == ["trees.npz"] and len(record["rows"]) == len(found) == 20
+    for row, wanted in zip(record["rows"], found, strict=True):
+        names = {key for key, value in wanted.items() if isinstance(value, str)}
+        assert row.keys() == wanted.keys() and all(row[key] == wanted[key] for key in names) and len(names) == 3
+        assert [row[key] for key in row if key not in names] == pytest.approx(
+            [wanted[key] for key in row if key not in names], rel=1e-6
+        )
 
 
 def test_recorded_trees_are_whole():

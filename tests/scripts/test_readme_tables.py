@@ -111,6 +111,45 @@ def test_the_readmes_tables_are_those_of_the_records():
         assert check(table, [panel for panel in panels if panel["temperature"] == float(temperature)]) >= 16
 
 
+def test_acceptance_by_output_token_is_a_sum_over_rounds():
+    _, table = tables(REPORT.split("## Long answers")[1].split("\n## ")[0])
+    assert [row["output tokens"] for row in table] == ["0 to 1000", "1000 to 4000", "4000 to 8000"]
+    for row in table:
+        low, high = map(int, row["output tokens"].split(" to "))
+        for arm, name in NAMES.items():
+            kept = rounds = 0
+            for panel in read("h200/aime/aime24_eagle3.jsonl"):
+                at = 0
+                for count in panel["arms"].get(arm, {"accepted": []})["accepted"]:
+                    if low <= at < high:
+                        kept, rounds = kept + count, rounds + 1
+                    at += count + 1
+            assert row.get(name) == (f"{kept / rounds:.2f}" if rounds else None)
+
+
+@pytest.mark.parametrize(
+    "title",
+    ["The bundled pair at the size of Vicuna-7B and 68M", "The bundled target with its EAGLE-1 head at that size"],
+)
+def test_what_stands_beside_table_2_is_a_ratio_of_totals_over_shared_prompts(title):
+    table = tables(REPORT.split(f"## {title}\n")[1].split("\n## ")[0])[-1]
+    panels = [panel for journal in JOURNALS[title] for panel in read(journal)]
+    assert [row["length"] for row in table] == ["1K", "2K", "4K", "8K"]
+    for row in table:
+        at = [
+            one for one in panels if (one["data"], one["bucket"], one["temperature"]) == ("govreport", row["length"], 0)
+        ]
+        rates, accepted = [], []
+        for arm in (story.STANDARD, story.PAPERS):
+            answers = [panel["arms"][arm] for panel in at]
+            rates.append(
+                sum(one["timing"]["new_tokens"] for one in answers) / sum(one["timing"]["total_s"] for one in answers)
+            )
+            accepted.append(sum(sum(one["accepted"]) for one in answers) / sum(len(one["accepted"]) for one in answers))
+        assert row["accepted: ours"] == " → ".join(f"{one:.2f}" for one in accepted)
+        assert row["end to end over standard: ours"] == f"{rates[1] / rates[0]:.2f}"
+
+
 def test_quotations_are_sums_over_rounds():
     (table,) = tables(REPORT.split("## Where retrieval wins")[1].split("\n## ")[0])
     assert len(table) == 8
