@@ -19,8 +19,11 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -32,11 +35,12 @@ from scripts.bench.model_size import cache_bytes, working_tokens
 from scripts.bench.timing import captured, elapsed_ms, median_ms
 from scripts.bench.widened import widened
 from scripts.report.gpu import summary
-from specextend import RetrievalConfig, SpecExtend, SpecExtendConfig
+from specextend import RetrievalConfig, SamplingConfig, SpecExtend, SpecExtendConfig
 from specextend.cli import flags
 from specextend.config import TreeConfig
 from specextend.data.builtin import builtin_text
 from specextend.data.prompts import find_buckets, read_prompts
+from specextend.decoding import priced_graphs
 from specextend.errors import ConfigError
 from specextend.evaluation.environment import environment
 from specextend.evaluation.journal import write_json
@@ -45,13 +49,17 @@ from specextend.methods import METHODS
 from specextend.modeling.attention import NAME
 from specextend.models.loading import load_models
 from specextend.models.widen import SHAPES, widen
+from specextend.policy.calibration import Calibration
+from specextend.policy.policies import PricedTree
+from specextend.trees.growth import Growth
 
-PARTS = ("bandwidth", "kernels", "steps", "slots", "prefill", "trace", "eagle", "long")
+PARTS = ("bandwidth", "kernels", "steps", "slots", "policy", "prefill", "trace", "eagle", "long")
 SHAPE, DRAFT_SHAPE, LONG_SHAPE = SHAPES["vicuna_7b"], SHAPES["vicuna_68m"], SHAPES["llama31_8b"]
 SLOTS = TreeConfig(nodes=63, threshold=0.0)  # 64 with the root, and always ten levels
 CHAIN = TreeConfig(nodes=63, max_depth=63)
 EAGLE_VOCAB = 32000  # draft vocabulary of the published EAGLE-3 heads
 GIB = 1 << 30
+TURNS = 12
 
 
 def main() -> None:
@@ -79,6 +87,23 @@ def parse_args() -> argparse.Namespace:
         raise ConfigError("there is no CUDA GPU here; scripts.bench.cpu measures a CPU")
     args.files = [list(find_buckets(folder).values())[-1] for folder in args.data_dir]  # the longest prompts
     return args
+
+
+class UnmovedTree(PricedTree):
+    """Thinks as its parent does, and decides in favour of one tree every time, by default the paper's."""
+
+    threshold = TreeConfig().threshold
+
+    def plan(self, context: int) -> Growth:
+        super().plan(context)
+        return Growth(*self._bounds, self.threshold, calibration=Calibration())
+
+    def size(self, reach: NDArray[np.float64], context: int) -> int:
+        super().size(reach, context)
+        return len(reach)
+
+    def loses(self, reach: NDArray[np.float64], context: int) -> float:
+        return 0.0 * super().loses(reach, context)
 
 
 class Bench:
@@ -171,6 +196,31 @@ class Bench:
                     if name.startswith("verify") and (nodes == 127) == (name != "verify 96_ms"):
                         rows.append({"tokens": length, "slots": int(name.split()[1].removesuffix("_ms")), "ms": cost})
         return sorted(rows, key=lambda row: (row["tokens"], row["slots"]))
+
+    def policy(self) -> list[dict]:
+        """Milliseconds of a round with one tree in every round: as a fixed bound, and as what a policy decides.
+
+        Both write the same answers (temperature 0.8), in turns; what thinking about trees costs is in the second.
+        """
+        rows = []
+        trees = {"fixed": TreeConfig(), "decided": TreeConfig(threshold=0.0, rule="price")}
+        for length in (self.args.lengths[0], self.args.lengths[-1]):
+            prompt, turns = self.prompt(length), []
+            engines = {name: self.engine.with_config(tree=tree) for name, tree in trees.items()}
+            with mock.patch.object(priced_graphs, "PricedTree", UnmovedTree):
+                for turn in range(TURNS + 1):  # the first captures
+                    order = sorted(engines, reverse=turn % 2 == 1)
+                    turns.append({name: self.round_of(engines[name], prompt) for name in order})
+            row = {f"{name}_{what}": statistics.median(turn[name][what] for turn in turns[1:])
+                   for name in engines for what in ("round_ms", "tokens")}  # fmt: skip
+            rows.append({"tokens": length, **row, "turns": turns[1:]})
+        return rows
+
+    def round_of(self, engine: SpecExtend, prompt: Tensor) -> dict[str, float]:
+        """Milliseconds and tokens of the mean round of a generation."""
+        generation = engine.generate(prompt, 256, sampling=SamplingConfig(0.8))
+        rounds = len(generation.rounds)
+        return {"round_ms": 1e3 * generation.decode_s / rounds, "tokens": len(generation.token_ids) / rounds}
 
     def replayed_ms(self, engine: SpecExtend, prompt: Tensor, new_tokens: int) -> dict[str, float]:
         """Milliseconds of each captured step, by name, in the state that a generation leaves behind."""

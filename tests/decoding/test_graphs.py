@@ -13,6 +13,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from transformers import RepetitionPenaltyLogitsProcessor  # noqa: E402
 
+from scripts.bench.gpu import UnmovedTree  # noqa: E402
 from specextend.config import RetrievalConfig, SamplingConfig, SpecExtendConfig, TreeConfig  # noqa: E402
 from specextend.decoding import backend as backend_module  # noqa: E402
 from specextend.decoding.observer import Observer  # noqa: E402
@@ -102,6 +103,18 @@ def test_the_baseline_decodes_alike(both, make_model, make_prompt):
         wanted, found = (one.autoregressive(make_prompt(20), 5, sampling=sampling) for one in (eager, graphs))
         assert found.token_ids == wanted.token_ids
         assert all(set(one.seconds) == {"draft", "verify", "accept", "host"} for one in found.rounds)
+
+
+def test_a_policy_that_never_moves_writes_what_a_fixed_tree_does(both, make_model, perturbed, make_prompt, monkeypatch):
+    monkeypatch.setattr(UnmovedTree, "threshold", TREE.threshold)
+    monkeypatch.setattr("specextend.decoding.priced_graphs.PricedTree", UnmovedTree)
+    target = make_model("gqa", head_dim=32, num_hidden_layers=1)
+    draft, settings = perturbed(target, 0.3), SpecExtendConfig.specextend(tree=TREE, retrieval=RETRIEVAL)
+    _, fixed = both(target, draft, settings)
+    _, unmoved = both(target, draft, replace(settings, tree=replace(TREE, threshold=0.0, rule="price")))
+    wanted, found = (engine.generate(make_prompt(20), 16) for engine in (fixed, unmoved))
+    assert unmoved.backend == "graphs" and found.token_ids == wanted.token_ids
+    assert all(1 <= one.drafted <= TREE.nodes for one in found.rounds)
 
 
 def test_processors_and_growing_caches(both, make_model, perturbed, make_prompt, monkeypatch):
