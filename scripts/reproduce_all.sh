@@ -3,7 +3,7 @@
 #   bundled   the pair in this checkout, no download; 12 minutes on two CPU cores with the built-in text (the default),
 #             longer with the data sets that lie in DATA; on a GPU also scripts.bench.gpu
 #   gpu       the records of results/h200: this checkout's models at the cost of 7B and 8B, all arms and autoregressive
-#             decoding in turns on each prompt; three hours on one H200, `timeout 600` takes a step of ten minutes
+#             decoding in turns on each prompt; four hours on one H200, `timeout 600` takes a step of ten minutes
 #   paper     Vicuna-7B, LongChat-7B, Llama-3.1-8B and R1-Distill-Llama-8B with the hub's weights and data, on a GPU
 # Run it again to go on where it stopped. From the environment: DATA, the folder of the data sets (data); OUT, where the
 # records go (reproduced/<argument>); TABLES, what REPORT.md, REPORT.html and figures/ are made of (OUT); SHORT and
@@ -91,6 +91,7 @@ gpu() {
     local standard="standard:tree=paper" full="fa_hta:tree=paper" window="fa_hta_streaming:tree=paper"
     local ours="specextend:tree=paper specextend:tree=price" sooner="specextend:nodes=50,max_depth=10,threshold=0.15"
     local fixed="$sooner specextend:nodes=50,max_depth=12,threshold=0.05 prompt_lookup"
+    local alone="fa:tree=paper hta:tree=paper streaming:tree=paper cmr:tree=paper"
     local own="$data/govreport $data/pg19 $data/booksum" cut="$data/smollm2/govreport $data/smollm2/pg19 $data/smollm2/booksum"
     local head
     "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data"
@@ -102,14 +103,18 @@ gpu() {
             --output_file "$out/$record.json" "$@"
     }
     for head in eagle3 eagle1; do
-        arms eval_eagle.py smollm2/smollm2_$head "$cut" "512 1K 2K 4K 8K" "0.7 0" "$full $window $ours" \
+        arms eval_eagle.py smollm2/smollm2_$head "$cut" "512 1K 2K 4K 8K" "0.7 0" "$standard $full $window $ours" \
             -max 200 -m smollm2 --head $head --widen llama31_8b
         arms eval_eagle.py smollm2/smollm2_${head}_native "$cut" "512 8K" 0.7 \
             "$full $window $ours specextend:tree=paper,top_k=16 specextend:tree=paper,top_k=64" -max 200 -m smollm2 --head $head
     done
     arms eval_classic.py classic/classic_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours $fixed" \
         -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/classic_512 "$data/govreport $data/pg19" 512 "0.8 0" "$standard $full $window $ours $fixed" \
+        -max 200 --widen vicuna_7b
     arms eval_classic.py classic/classic_16K "$own" 16K "0.8 0" "$full $window $ours $fixed" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/ablation "$data/govreport" "1K 2K 4K 8K" 0 "$alone" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/short_answers "$own" "1K 4K" 0.8 "$ours" -max 16 --widen vicuna_7b
     arms eval_classic.py classic/classic_t1.2 "$own" "1K 4K 16K" 1.2 "$ours $sooner" -max 200 --widen vicuna_7b
     arms eval_eagle.py eagle1/eagle1_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours" \
         -max 200 --head eagle1 --widen vicuna_7b

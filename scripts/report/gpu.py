@@ -38,6 +38,11 @@ def slot_reports(results: Path) -> list[str]:
     return _sections(results, _slots)
 
 
+def policy_reports(results: Path) -> list[str]:
+    """What deciding about trees costs, for every GPU on which that was timed."""
+    return _sections(results, _policy)
+
+
 def _sections(results: Path, make: Callable[[dict[str, Any]], list[str]]) -> list[str]:
     made = (attempt(path, partial(make, record)) for path, record in read_documents(results, "bench.json"))
     return ["\n\n".join(section) for section in made if section]
@@ -61,6 +66,25 @@ def _slots(record: dict[str, Any]) -> list[str]:
         f"One {record['gpu']}, {record['dtype']}, the bundled pair widened to {shape['layers']} layers of "
         f"{shape['hidden']}: milliseconds of a verification by its slots, which priced trees choose among.",
         lines_of(table.rename(columns=str).to_dict(orient="index"), "prompt tokens"),
+    ]
+
+
+def _policy(record: dict[str, Any]) -> list[str]:
+    if not record.get("policy"):
+        return []
+    lines = {
+        str(row["tokens"]): {
+            "as a fixed bound": f"{row['fixed_round_ms']:.2f}",
+            "as a decision": f"{row['decided_round_ms']:.2f}",
+            "tokens a round": " and ".join(f"{row[f'{name}_tokens']:.2f}" for name in ("fixed", "decided")),
+        }
+        for row in record["policy"]
+    }
+    return [
+        f"One {record['gpu']}, the same pair: milliseconds of a round with the paper's tree in every round, at "
+        f"temperature 0.8, in turns, medians of {len(record['policy'][0]['turns'])} answers of 256 tokens. What "
+        "thinking about trees costs is in the second; levels that nobody wants are launched in the first alone.",
+        lines_of(lines, "prompt tokens"),
     ]
 
 

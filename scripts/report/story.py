@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -21,6 +22,7 @@ from scripts.report.markdown import cell, lines_of
 from scripts.report.paper import paper
 from scripts.report.quotations import FORCED, FREE, frame_of_scores
 from scripts.report.records import place_of, read_documents
+from scripts.report.vllm import autoregressive_rates
 from specextend.data.prompts import nominal_tokens
 from specextend.evaluation.panel import Panel
 from specextend.evaluation.panel_figures import figures_of, interval, paired_difference, pooled, read_panels
@@ -29,8 +31,16 @@ Row = dict[str, Any]
 TRAINED = Path(__file__).parents[2] / "specextend" / "models" / "heads" / "smollm2"
 FULL, WINDOW = "fa_hta:tree=paper", "fa_hta_streaming:tree=paper"
 PAPERS, PRICED = "specextend:tree=paper", "specextend:tree=price"
-STANDARD = "standard:tree=paper"
+STANDARD, FULL_PRICED = "standard:tree=paper", "fa_hta:tree=price"
 SOONER = "specextend:nodes=50,max_depth=10,threshold=0.15"
+LATER = "specextend:nodes=50,max_depth=12,threshold=0.05"
+FIXED = {PAPERS: "the paper's", SOONER: "stop at 0.15", LATER: "12 levels, stop at 0.05"}  # trees of fixed bounds
+PARTS = {  # of SpecExtend, each alone: an arm and its name in the paper's table 4
+    "fa:tree=paper": "Standard+FA",
+    "hta:tree=paper": "Standard+HTA",
+    "streaming:tree=paper": "Standard+StreamingLLM",
+    "cmr:tree=paper": "Standard+CMR",
+}
 RENAMED = {"standard": STANDARD}  # in journals of the time when a GPU's default was the paper's tree
 ARMS = {  # what an arm is called, in the order of the columns
     STANDARD: "standard",
@@ -38,11 +48,14 @@ ARMS = {  # what an arm is called, in the order of the columns
     FULL: "full cache",
     WINDOW: "window",
     PAPERS: "SpecExtend",
-    "fa_hta:tree=price": "full cache, priced trees",
+    FULL_PRICED: "full cache, priced trees",
     PRICED: "SpecExtend, priced trees",
     "specextend:nodes=12,max_depth=8,threshold=0.35,min_probability=0.06": "SpecExtend, 12 nodes",
     "prompt_lookup": "prompt lookup",
 }
+TABLE_4 = "table4_ablation_govreport_vicuna_7b_68m"
+TABLE_5 = "table5_llama31_8b_govreport (rows whose digits are legible)"
+VLLM = "AR, vLLM"
 QUESTION = (
     "Speculative decoding loses its speed on long inputs: attention gets slow, and a draft trained on short text stops "
     "agreeing with the target. Does SpecExtend mend both without training, what does it cost, and against whom?"
@@ -72,8 +85,8 @@ THREATS = (
     "often a large model's draft is right is another matter.",
     "EAGLE heads were trained here, on at most 1,024 tokens of context, and agree with their target on AGREE_1 "
     "(EAGLE-1) and AGREE_3 (EAGLE-3) of its own text.",
-    "12 to 30 prompts per length from three data sets (6 with the random draft, 4 for long answers), one run each; "
-    "answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
+    "12 to 30 prompts per length from three data sets (7 and 9 with the random draft, 4 for long answers, 4 and 5 for "
+    "each part alone), one run each; answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
     "Greedy text of small models repeats itself, which flatters drafts and the looked-up branch most: read 0.7 and 0.8 "
     "first. Pages show every cell again without looping answers.",
     "In float16 some answers part from AR at a near-tie; the pages say at which distance. In float32 tests demand "
@@ -90,16 +103,16 @@ class Chapter:
         journals: under the results; lengths of all of them stand in one table.
         figures: temperatures by names under `figures/`, without their ends.
         judge: sentences out of the rows of all data sets together.
-        temperatures: those that have a table here; none: all.
-        more: arms that have a column here alone, and what they are called.
+        temperatures: those that have a table of all arms here; None: all. Without any, journals may differ in arms.
+        beside_vllm: vLLM has decoded this pair on such a machine, too; the README shows the lengths of both.
     """
 
     title: str
     journals: tuple[str, ...]
     figures: Mapping[str, float]
     judge: Callable[[Sequence[Panel], Sequence[Row]], str]
-    temperatures: tuple[float, ...] = ()
-    more: Mapping[str, str] = field(default_factory=dict)
+    temperatures: tuple[float, ...] | None = None
+    beside_vllm: bool = False
 
 
 def sections(results: Path) -> Iterator[str]:
@@ -110,15 +123,20 @@ def sections(results: Path) -> Iterator[str]:
     yield f"## What was asked\n\n{QUESTION}\n{LEGEND}"
     for chapter in chapters:
         manifest, panels = read_chapter(results, chapter)
-        rows = pooled(figures_of(panels))
+        rows = rows_of(chapter, panels)
         pages = (Path(name).stem for name in chapter.journals)
         links = ", ".join(f"[{page}](tables/{page}.md)" for page in pages)
         about = f"{_about(manifest, panels)} By data set, end to end, smallest gains, where tokens part: {links}."
-        temperatures = list(chapter.temperatures or dict.fromkeys(row["temperature"] for row in rows))
+        temperatures = chapter.temperatures
+        if temperatures is None:
+            temperatures = tuple(dict.fromkeys(row["temperature"] for row in rows))
+        opening = f"## {chapter.title}\n\n{about}"
+        if not temperatures:
+            yield opening
         for temperature in temperatures:
-            first = f"## {chapter.title}\n\n{about}\n" if temperature == temperatures[0] else ""
+            first = f"{opening}\n" if temperature == temperatures[0] else ""
             yield f"{first}Temperature {temperature:g}{_loops(rows, temperature)}:"
-            yield table(rows, temperature, more=chapter.more)
+            yield table(rows, temperature)
         drawn = [
             f"![{chapter.title}: acceptance and decoding speed-up by length](figures/{figure}.svg)"
             for figure in chapter.figures
@@ -128,14 +146,28 @@ def sections(results: Path) -> Iterator[str]:
 
 
 def headlines(results: Path) -> Iterator[str]:
-    """The tables of the README: of each chapter but a CPU's, the highest temperature."""
+    """The tables of the README: of each chapter that is drawn, the highest temperature."""
     for chapter in told(results):
         if chapter.figures:
             manifest, panels = read_chapter(results, chapter)
-            rows = pooled(figures_of(panels))
+            rows = rows_of(chapter, panels)
             highest = rows[0]["temperature"]
             yield f"{chapter.title}, temperature {highest:g}: {_about(manifest, panels)}"
-            yield table(rows, highest, _speed)
+            lines = _cells(rows, highest, _speed)
+            yield lines_of(_beside_vllm(results, lines) if chapter.beside_vllm else lines)
+
+
+def _beside_vllm(results: Path, lines: Mapping[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The lengths at which vLLM was measured, with its autoregressive speed; all of them where it was not."""
+    path = results / "h200" / "vllm.json"
+    if not path.exists():
+        return dict(lines)
+    rates = autoregressive_rates(json.loads(path.read_text(encoding="utf-8")))
+    return {
+        length: {"prompts": line["prompts"], VLLM: f"{rates[length]:.0f}"} | line
+        for length, line in lines.items()
+        if length in rates
+    }
 
 
 def told(results: Path) -> list[Chapter]:
@@ -156,26 +188,35 @@ def read_chapter(results: Path, chapter: Chapter) -> tuple[dict[str, Any], list[
     return read[0][0], [replace(one, arms=_renamed(one.arms)) for _, panels in read for one in panels]
 
 
+def rows_of(chapter: Chapter, panels: Sequence[Panel]) -> list[Row]:
+    """Figures of all data sets together; none where nothing is tabled, since journals may have other arms each."""
+    return [] if chapter.temperatures == () else pooled(figures_of(panels))
+
+
 def _renamed(arms: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): arm for name, arm in arms.items()}
 
 
-def table(
-    rows: Sequence[Row], temperature: float, show: Callable[[Row], str] | None = None,
-    more: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
-    """Lengths by arms, those of `ARMS` and `more`, at one temperature; without `show` speed-up and acceptance."""
-    show = show or (lambda row: f"{_speed(row)}; {row['accepted']['mean']:.2f}")
+def table(rows: Sequence[Row], temperature: float) -> str:
+    """Lengths by arms, those of `ARMS`, at one temperature: speed-up and acceptance."""
+    return lines_of(_cells(rows, temperature, _both))
+
+
+def _cells(rows: Sequence[Row], temperature: float, show: Callable[[Row], str]) -> dict[str, dict[str, str]]:
+    """By length and column."""
     lines: dict[str, dict[str, str]] = {}
     there = [row for row in rows if row["temperature"] == temperature]
-    known = ARMS | dict(more or {})
-    names = {arm: name for arm, name in known.items() if any(row["arm"] == arm for row in there)}
+    names = {arm: name for arm, name in ARMS.items() if any(row["arm"] == arm for row in there)}
     for length in sorted({row["length"] for row in there}, key=nominal_tokens):
         at = {row["arm"]: row for row in there if row["length"] == length}
         first = next(iter(at.values()))
         lines[length] = {"prompts": str(first["prompts"]), "AR": f"{first['ar_decode_tokens_per_s']:.0f}"}
         lines[length] |= {name: show(at[arm]) if arm in at else "–" for arm, name in names.items()}
-    return lines_of(lines)
+    return lines
+
+
+def _both(row: Row) -> str:
+    return f"{_speed(row)}; {row['accepted']['mean']:.2f}"
 
 
 def _speed(row: Row) -> str:
@@ -228,33 +269,58 @@ def _judge_published(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
+def _judge_published_third(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    table5 = {(row["length"], row["specextend"]): row for row in paper()[TABLE_5] if row["draft"] == "eagle3"}
+    return (
+        f"{_judge_published(panels, rows)}\n\nBeside the paper's table 5 (GovReport, Llama-3.1-8B with an EAGLE-3 "
+        f"head, temperature 0), standard → SpecExtend:\n\n{_beside(panels, table5, ('2K', '4K'))}"
+    )
+
+
 def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    parts = [
+    table2 = _rows_of_table_2("vicuna_68m")
+    ratios = [
+        over_fixed(rows, length, temperature, kind)
+        for length in dict.fromkeys(row["length"] for row in rows)
+        for temperature in (0.8, 0.0)
+        for kind in ("mean", "total")
+    ]
+    least = min(row["speedup_decode"]["smallest"] for row in rows if row["arm"] == PRICED)
+    speeds = ", ".join(
+        f"{_row(rows, PRICED, length, 0.0)['decode_tokens_per_s']:,.0f}" for length in ("1K", "4K", "16K")
+    )
+    return (
         "From 2K on standard decoding is slower than AR, since dense attention writes all scores down; fast attention "
         "mends that, and a small draft cache nearly doubles what is accepted at 2K and more than doubles it from 4K "
-        "on. Priced trees gain most where the draft is good (temperature 0); at 0.8 they gain on text that repeats its "
-        "input and are level with the paper's elsewhere, a little below at 2K: they waited for the host in every "
-        "round, as they no longer do in the next table. Standard was not measured at 16K, where it reads a prompt for "
-        "ten seconds."
-    ]
-    parts.append(
+        "on. Priced trees gain most where the draft is good: at temperature 0 they decode "
+        f"{speeds} tokens/s at 1K, 4K and 16K. Standard was not measured at 16K, where it reads a prompt for ten "
+        "seconds.\n"
+        "Which fixed tree is best depends on text and temperature, and nobody knows it before. Priced trees find "
+        f"their own bounds: {min(ratios):.2f} to {max(ratios):.2f} of the best of three fixed trees in each of these "
+        "cells (means of prompts' ratios, and totals), above the best single one on a stream that alternates both "
+        f"temperatures ([table](tables/policy_h200.md)); the slowest prompt decodes at {least:.2f} of AR.\n\n"
         "Beside the paper's table 2 (GovReport, Vicuna-7B with Vicuna-68M, temperature 0), standard → SpecExtend; our "
-        "baseline is captured in CUDA graphs as SpecExtend is:"
+        f"baseline is captured in CUDA graphs as SpecExtend is:\n\n{_beside(panels, table2, ('1K', '2K', '4K', '8K'))}"
     )
-    return "\n\n".join([*parts, _beside_table_2(panels, "vicuna_68m", ("1K", "2K", "4K", "8K"))])
 
 
-def _beside_table_2(panels: Sequence[Panel], draft: str, lengths: Sequence[str]) -> str:
-    """Standard and SpecExtend on GovReport at temperature 0, ours and the paper's with Vicuna-7B."""
-    table2 = {
+def _rows_of_table_2(draft: str) -> dict[tuple[str, bool], dict[str, Any]]:
+    """The paper's figures on GovReport with Vicuna-7B, by length and whether with SpecExtend."""
+    return {
         (row["length"], row["specextend"]): row
         for row in paper()["table2_main"]
         if (row["dataset"], row["target"], row["draft"]) == ("GovReport", "vicuna_7b", draft)
     }
+
+
+def _beside(
+    panels: Sequence[Panel], papers: Mapping[tuple[str, bool], Mapping[str, Any]], lengths: Sequence[str]
+) -> str:
+    """Standard and SpecExtend on GovReport at temperature 0, ours and the paper's."""
     govreport = [row for row in figures_of(panels) if row["data"] == "govreport"]
     lines = {}
     for length in lengths:
-        before, after = table2[length, False], table2[length, True]
+        before, after = papers[length, False], papers[length, True]
         ours = [_row(govreport, arm, length, 0.0) for arm in (STANDARD, PAPERS)]
         lines[length] = {
             "accepted: paper": f"{before['tau']:.2f} → {after['tau']:.2f}",
@@ -265,24 +331,82 @@ def _beside_table_2(panels: Sequence[Panel], draft: str, lengths: Sequence[str])
     return lines_of(lines)
 
 
-def over_fixed(rows: Sequence[Row], length: str, kind: str) -> float:
-    """Speed of priced trees over that of the better fixed tree: "mean" of the prompts' own, or of the "total"."""
-    fixed = max(_row(rows, arm, length, 0.8)["speedup_decode"][kind] for arm in (PAPERS, SOONER))
-    return _row(rows, PRICED, length, 0.8)["speedup_decode"][kind] / fixed
+def over_fixed(rows: Sequence[Row], length: str, temperature: float, kind: str) -> float:
+    """Speed of priced trees over the best fixed tree's: "mean" of the prompts' own, or of the "total"."""
+    fixed = max(_row(rows, arm, length, temperature)["speedup_decode"][kind] for arm in FIXED)
+    return _row(rows, PRICED, length, temperature)["speedup_decode"][kind] / fixed
 
 
-def _judge_policy(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    means, totals = (
-        [over_fixed(rows, length, kind) for length in dict.fromkeys(row["length"] for row in rows)]
-        for kind in ("mean", "total")
-    )
-    least = min(row["speedup_decode"]["smallest"] for row in rows if row["arm"] == PRICED)
+def alternating(panels: Sequence[Panel], arm: str, length: str) -> float:
+    """Decode tokens/s over the prompts that were answered at both temperatures, one after the other."""
+    by_prompt: dict[tuple[str, int], list[Panel]] = {}
+    for panel in panels:
+        if panel.bucket == length:
+            by_prompt.setdefault((panel.data, panel.sample), []).append(panel)
+    timings = [panel.arms[arm].timing for both in by_prompt.values() if len(both) == 2 for panel in both]
+    return sum(one.new_tokens for one in timings) / sum(one.decode_s for one in timings)
+
+
+def page_of_fixed_trees(results: Path) -> str:
+    """A page of its own: priced trees beside fixed ones; empty where no such journals are there."""
+    chapter = next(chapter for chapter in CHAPTERS if chapter.judge is _judge_bundled)
+    if chapter not in told(results):
+        return ""
+    manifest, panels = read_chapter(results, chapter)
     return (
-        "Stopping at 0.15 was the best fixed tree of three that were tried; nobody knows that before. Priced trees "
-        f"find their own bounds and decode at {min(means):.2f} to {max(means):.2f} of the better of the two (all "
-        f"prompts' tokens over all their seconds: {min(totals):.2f} to {max(totals):.2f}); the slowest prompt at "
-        f"{least:.2f} of AR. Taken with the finished engine, after the tables above."
+        f"{_about(manifest, panels)}\n\nDecoding over AR, mean of the prompts' own ratios, at temperature 0.8 and 0: "
+        "three trees of fixed bounds (50 nodes) and priced ones. *Alternating*: the prompts that were answered at both "
+        "temperatures in turns, all tokens over all seconds, priced trees over the best of the fixed.\n\n"
+        f"{beside_fixed(panels, rows_of(chapter, panels))}"
     )
+
+
+def beside_fixed(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    """Fixed trees and priced ones by length and temperature, and on a stream that alternates the temperatures."""
+    lines: dict[str, dict[str, str]] = {}
+    for length in sorted({row["length"] for row in rows}, key=nominal_tokens):
+        lines[length] = {
+            f"{temperature:g}: {name}": f"{_row(rows, arm, length, temperature)['speedup_decode']['mean']:.2f}"
+            for temperature in (0.8, 0.0)
+            for arm, name in (FIXED | {PRICED: "priced"}).items()
+        }
+        best = max(alternating(panels, arm, length) for arm in FIXED)
+        lines[length]["alternating: priced over the best"] = f"{alternating(panels, PRICED, length) / best:.2f}"
+    return lines_of(lines)
+
+
+def _judge_parts(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    return (
+        "Table 4 on GovReport at temperature 0: one part each, end to end over standard, the paper's and ours (mean of "
+        f"the prompts' own ratios, 95 % interval, 4 or 5 prompts):\n\n{beside_table_4(panels)}\n\n"
+        "Each part alone mends one thing, reading the prompt, verification or the draft, and the others then cost as "
+        "much as before; here standard is captured in CUDA graphs, so that dense attention is nearly all it costs. "
+        "From 4K on all parts together gain more than the parts' gains multiplied."
+    )
+
+
+def beside_table_4(panels: Sequence[Panel]) -> str:
+    """End to end over standard on the same prompts; standard and a part were measured beside AR each."""
+    gains: dict[tuple[str, str], dict[str, float]] = {}  # over AR, by prompt and arm
+    for panel in panels:
+        if panel.data == "govreport" and panel.temperature == 0:
+            alone = panel.autoregressive.timing.tokens_per_s
+            found = {arm: answer.timing.tokens_per_s / alone for arm, answer in panel.arms.items()}
+            gains.setdefault((panel.bucket, panel.prompt_sha256), {}).update(found)
+    whole = [(length, found) for (length, _), found in gains.items() if PARTS.keys() <= found.keys()]
+    papers = {(row["setting"], row["length"]): row["tokens_per_s"] for row in paper()[TABLE_4]}
+    lines: dict[str, dict[str, str]] = {}
+    for arm, setting in (PARTS | {PAPERS: "SpecExtend"}).items():
+        line = lines[setting.replace("Standard+", "+ ").replace("SpecExtend", "all parts (table 2)")] = {}
+        for length in ("1K", "2K", "4K", "8K"):
+            ours = interval(np.array([found[arm] / found[STANDARD] for at, found in whole if at == length]))
+            if setting != "SpecExtend":
+                line[f"{length}: paper"] = f"{papers[setting, length] / papers['Standard', length]:.2f}"
+            else:
+                before, after = (_rows_of_table_2("vicuna_68m")[length, is_ours] for is_ours in (False, True))
+                line[f"{length}: paper"] = f"{after['tokens_per_s'] / before['tokens_per_s']:.2f}"
+            line[f"{length}: ours"] = f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
+    return lines_of(lines, "over standard")
 
 
 def _judge_long(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
@@ -325,18 +449,26 @@ def _judge_bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     return (
         "An EAGLE-1 head that reads the target's features loses less with a full cache than a small language model; a "
         f"small cache gives it {ours / full:.1f} times as much at 16K. Beside the paper's rows with an EAGLE head "
-        f"(GovReport, temperature 0):\n\n{_beside_table_2(panels, 'eagle', ('1K', '2K', '4K', '8K'))}"
+        f"(GovReport, temperature 0):\n\n{_beside(panels, _rows_of_table_2('eagle'), ('1K', '2K', '4K', '8K'))}"
     )
 
 
-def _judge_ignorant(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    least = min(row["speedup_decode"]["smallest"] for row in rows if row["arm"] == PRICED)
-    full = min(row["speedup_decode"]["mean"] for row in rows if row["arm"] == "fa_hta:tree=price")
-    fixed = min(row["speedup_decode"]["mean"] for row in rows if row["arm"] == PAPERS)
+def _judge_hard(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    lines, cells = {}, []
+    for name, short in (("random draft", False), ("answers of 16 tokens", True)):
+        there = [panel for panel in panels if (FULL_PRICED not in panel.arms) == short]
+        cells += (rows := pooled(figures_of(there)))
+        for length, line in _cells(rows, 0.8, _both).items():
+            lines[f"{name}, {length}"] = {"prompts": line.pop("prompts"), "AR": line.pop("AR")} | {
+                of: line.get(of, "–") for arm, of in ARMS.items() if arm in (PAPERS, FULL_PRICED, PRICED)
+            }
+    priced = [row["speedup_decode"] for row in cells if row["arm"] in (PRICED, FULL_PRICED)]
+    fixed = min(row["speedup_decode"]["mean"] for row in cells if row["arm"] == PAPERS)
     return (
-        f"The draft's weights are random. The paper's tree decodes at down to {fixed:.2f} of AR; a priced tree stops "
-        f"drafting: no prompt is below {least:.2f} ({full:.2f} on average with a draft that keeps the whole context), "
-        "and the looked-up branch still gains where the text repeats its input."
+        f"{lines_of(lines, 'temperature 0.8')}\n\nA draft with random weights: the paper's tree decodes at down to "
+        f"{fixed:.2f} of AR, a priced tree stops drafting (means of {min(one['mean'] for one in priced):.2f} of AR and "
+        f"more, single prompts of {min(one['smallest'] for one in priced):.2f} and more), and the looked-up branch "
+        "still gains where text repeats its input. A short answer ends before much is learned of its prompt."
     )
 
 
@@ -357,34 +489,38 @@ def _judge_published_cpu(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
 
 
 def _published(head: str) -> tuple[str, ...]:
-    return tuple(f"h200/smollm2/smollm2_{head}{part}.jsonl" for part in ("", "_1K", "_t0"))
+    return tuple(f"h200/smollm2/smollm2_{head}{part}.jsonl" for part in ("", "_1K", "_t0", "_t0_1K_4K"))
 
 
+CLASSIC = tuple(f"h200/classic/classic_{lengths}.jsonl" for lengths in ("512", "1K_4K", "2K_8K", "16K"))
 CHAPTERS = (
     Chapter(
-        "A published model with an EAGLE-3 head", _published("eagle3"), {"smollm2_eagle3_t0.7": 0.7}, _judge_published,
+        "A published model with an EAGLE-3 head", _published("eagle3"), {"smollm2_eagle3_t0.7": 0.7},
+        _judge_published_third,
     ),
     Chapter("The same with an EAGLE-1 head", _published("eagle1"), {}, _judge_published, (0.7,)),
     Chapter(
-        "The bundled pair at the size of Vicuna-7B and 68M",
-        ("h200/classic/classic_1K_4K.jsonl", "h200/classic/classic_2K_8K.jsonl", "h200/classic/classic_16K.jsonl"),
-        {"classic_t0.8": 0.8}, _judge_bundled,
+        "The bundled pair at the size of Vicuna-7B and 68M", CLASSIC, {"classic_t0.8": 0.8}, _judge_bundled,
+        beside_vllm=True,
     ),
-    Chapter(
-        "Priced trees beside fixed ones, sampled", ("h200/classic/classic_t0.8.jsonl",), {}, _judge_policy,
-        more={SOONER: "SpecExtend, stop at 0.15"},
-    ),
+    Chapter("Each part alone", ("h200/classic/ablation.jsonl", *CLASSIC[1:3]), {}, _judge_parts, ()),
     Chapter(
         "The bundled target with its EAGLE-1 head at that size",
         ("h200/eagle1/eagle1_1K_4K.jsonl", "h200/eagle1/eagle1_2K_8K.jsonl", "h200/eagle1/eagle1_16K.jsonl"), {},
         _judge_bundled_head, (0.8,),
     ),
     Chapter("Long answers, with an EAGLE-3 head", ("h200/aime/aime24_eagle3.jsonl",), {}, _judge_long),
-    Chapter("A draft that knows nothing", ("h200/classic/random_draft.jsonl",), {}, _judge_ignorant),
+    Chapter(
+        "What is hard for priced trees", ("h200/classic/random_draft.jsonl", "h200/classic/short_answers.jsonl"), {},
+        _judge_hard, (),
+    ),
     Chapter(
         "The published model on two CPU cores", ("cpu/smollm2/smollm2_cpu.jsonl",), {}, _judge_published_cpu,
     ),
-    Chapter("The bundled pair on two CPU cores", ("cpu/policy/policy.jsonl",), {}, _judge_cpu, (0.8,)),
+    Chapter(
+        "The bundled pair on two CPU cores", ("cpu/policy/policy.jsonl", "cpu/policy/policy_8K_16K.jsonl"), {},
+        _judge_cpu, (0.8,),
+    ),
 )  # fmt: skip
 
 

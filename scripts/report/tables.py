@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from scripts.report import quotations, story
-from scripts.report.gpu import slot_reports, step_reports
+from scripts.report.gpu import policy_reports, slot_reports, step_reports
 from scripts.report.markdown import Column, cell, markdown, table_of
 from scripts.report.page import html_report
 from scripts.report.paper import analysis_tables, needle_table, tables_beside
@@ -140,7 +140,6 @@ def tables_of(records: pd.DataFrame) -> dict[str, str]:
 def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> str:
     told = list(story.sections(results))
     parts = ["# Results", WRITTEN, *(told or [LEGEND, "## At a glance", short_report(records)])]
-    parts += ["## What a round costs", *costs] if (costs := step_reports(results)) else []
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
     parts += document_sections(results, "Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)])
     parts += story.threats() if told else []
@@ -157,7 +156,8 @@ def document_pages(results: Path) -> dict[str, str]:
     pages = {
         "analyses": ("# Analyses", analysed),
         "quotations": ("# Answers that refer back", quoted),
-        "gpu": ("# What a verification costs", slot_reports(results)),
+        "policy_h200": ("# Priced trees beside fixed ones", [*filter(None, [story.page_of_fixed_trees(results)])]),
+        "gpu": ("# What a round costs", [*step_reports(results), *slot_reports(results), *policy_reports(results)]),
     }
     return {
         f"tables/{name}.md": "\n\n".join([title, WRITTEN, *sections]) + "\n"

@@ -13,15 +13,9 @@ from scripts.report.markdown import Column, table_of
 from scripts.report.records import attempt, read_documents
 
 OURS, THEIRS = "ours_ar", "vllm_ar"
-AUTOREGRESSIVE = [
-    Column("ms/token: ours", f"ms {OURS}"),
-    Column("ms/token: vLLM", f"ms {THEIRS}"),
+COLUMNS = [
     Column("prefill s: ours", f"prefill {OURS}", 3),
     Column("prefill s: vLLM", f"prefill {THEIRS}", 3),
-    Column("prefill s, target and draft: ours", "prefill ours_tree_0.7", 3),
-    Column("prefill s, target and draft: vLLM", "prefill vllm_draft_5", 3),
-]
-SPECULATIVE = [
     Column("ours, AR", f"rate {OURS}", 0),
     Column("ours, the paper's tree", "rate ours_tree_0.7", 0),
     Column("ours, threshold 0.05", "rate ours_tree_0.05", 0),
@@ -52,11 +46,15 @@ def _section(record: dict[str, Any], file: str) -> Iterator[str]:
         f"{record['shape']['layers']} layers of {record['shape']['hidden']}) and the same prompts, {prompts.min()} per "
         f"length. Seconds of whole calls by the clock, medians of {len(rows['one_token_s'].iloc[0])}: prefill is a "
         f"call for one token, decoding what a call for {rows['decoded'].max() + 1} takes longer. "
-        f"File: [{file}]({file}).\nAutoregressive decoding, and reading the prompt:"
+        f"File: [{file}]({file}).\nSeconds of reading the prompt, then decode tokens/s:"
     )
-    yield table_of(figures, AUTOREGRESSIVE)
-    yield "Decode tokens/s:"
-    yield table_of(figures, SPECULATIVE)
+    yield table_of(figures, COLUMNS)
+
+
+def autoregressive_rates(record: dict[str, Any]) -> dict[str, float]:
+    """Decode tokens/s of vLLM's autoregressive mode, by nominal length."""
+    rates = figures_of(on_shared_prompts(pd.DataFrame(record["rows"])))[f"rate {THEIRS}"]
+    return {f"{tokens // 1000}K": rate for tokens, rate in rates.items()}
 
 
 def on_shared_prompts(rows: pd.DataFrame) -> pd.DataFrame:
@@ -66,14 +64,14 @@ def on_shared_prompts(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figures_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """By prompt length: `ms`, `rate` (decode tokens/s; all tokens over all seconds) and `prefill` of every method."""
+    """By prompt length: `rate` (decode tokens/s; all tokens over all seconds) and `prefill` of every method."""
     prefill = rows["one_token_s"].map(statistics.median)
     timed = rows.assign(prefill=prefill, seconds=rows["all_tokens_s"].map(statistics.median) - prefill)
     totals = timed.groupby(["tokens", "method"]).agg(
         decoded=("decoded", "sum"), seconds=("seconds", "sum"), prefill=("prefill", "mean")
     )
-    totals["ms"], totals["rate"] = 1e3 * totals["seconds"] / totals["decoded"], totals["decoded"] / totals["seconds"]
-    wide = totals[["ms", "rate", "prefill"]].unstack()
+    totals["rate"] = totals["decoded"] / totals["seconds"]
+    wide = totals[["rate", "prefill"]].unstack()
     wide.columns = [f"{figure} {method}" for figure, method in wide.columns]
     best = {
         whose: wide[[name for name in wide if name.startswith(f"rate {whose}_")]].max(axis="columns")

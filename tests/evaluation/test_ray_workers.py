@@ -186,7 +186,7 @@ def test_ctrl_c_ends_the_cluster_and_a_run_without_ray_goes_on(crew, tmp_path):
     data.mkdir()
     lines = [json.dumps({"text": f"word{index} " * 40}) for index in range(4)]
     (data / "toy_512.jsonl").write_text("\n".join(lines) + "\n")
-    flags = f"eval_classic.py --data_dir {data} --use_specextend -n 4 -r 1 -max 200 --device cpu --output_file {output}"
+    flags = f"eval_classic.py --data_dir {data} --use_specextend -n 4 -r 1 -max 80 --device cpu --output_file {output}"
     command = [sys.executable, *flags.split()]
     raylets = raylets_running()
     process = subprocess.Popen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -26,23 +27,20 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 README = (ROOT / "README.md").read_text()
 REPORT = (ROOT / "results" / "REPORT.md").read_text()
-STEPS = tables(REPORT.split("Milliseconds of the steps")[1])[0]
+GPU = (ROOT / "results" / "tables" / "gpu.md").read_text()
+STEPS = tables(GPU.split("Milliseconds of the steps")[1])[0]
+PARTS = ("", "_1K", "_t0", "_t0_1K_4K")
+CLASSIC = [f"h200/classic/classic_{lengths}.jsonl" for lengths in ("512", "1K_4K", "2K_8K", "16K")]
 JOURNALS = {
-    "A published model with an EAGLE-3 head": [
-        f"h200/smollm2/smollm2_eagle3{part}.jsonl" for part in ("", "_1K", "_t0")
-    ],
-    "The same with an EAGLE-1 head": [f"h200/smollm2/smollm2_eagle1{part}.jsonl" for part in ("", "_1K", "_t0")],
-    "The bundled pair at the size of Vicuna-7B and 68M": [
-        "h200/classic/classic_1K_4K.jsonl", "h200/classic/classic_2K_8K.jsonl", "h200/classic/classic_16K.jsonl",
-    ],
-    "Priced trees beside fixed ones, sampled": ["h200/classic/classic_t0.8.jsonl"],
+    "A published model with an EAGLE-3 head": [f"h200/smollm2/smollm2_eagle3{part}.jsonl" for part in PARTS],
+    "The same with an EAGLE-1 head": [f"h200/smollm2/smollm2_eagle1{part}.jsonl" for part in PARTS],
+    "The bundled pair at the size of Vicuna-7B and 68M": CLASSIC,
     "The bundled target with its EAGLE-1 head at that size": [
         "h200/eagle1/eagle1_1K_4K.jsonl", "h200/eagle1/eagle1_2K_8K.jsonl", "h200/eagle1/eagle1_16K.jsonl",
     ],
     "Long answers, with an EAGLE-3 head": ["h200/aime/aime24_eagle3.jsonl"],
-    "A draft that knows nothing": ["h200/classic/random_draft.jsonl"],
     "The published model on two CPU cores": ["cpu/smollm2/smollm2_cpu.jsonl"],
-    "The bundled pair on two CPU cores": ["cpu/policy/policy.jsonl"],
+    "The bundled pair on two CPU cores": ["cpu/policy/policy.jsonl", "cpu/policy/policy_8K_16K.jsonl"],
 }  # fmt: skip
 
 
@@ -66,7 +64,7 @@ def figures(panels: list[dict], arm: str) -> tuple[str, str]:
     return f"{sum(speeds) / len(speeds):.2f}", f"{sum(accepted) / len(accepted):.2f}"
 
 
-NAMES = story.ARMS | {arm: name for chapter in story.CHAPTERS for arm, name in chapter.more.items()}
+NAMES = story.ARMS
 
 
 def check(table: list[dict[str, str]], panels: list[dict]) -> int:
@@ -79,7 +77,7 @@ def check(table: list[dict[str, str]], panels: list[dict]) -> int:
         assert int(row["AR"]) == round(sum(t["new_tokens"] - 1 for t in alone) / sum(t["decode_s"] for t in alone))
         for arm, name in NAMES.items():
             if row.get(name, "–") == "–":
-                assert arm not in at[0]["arms"] or arm not in story.ARMS
+                assert not any(arm in panel["arms"] for panel in at)
                 continue
             speed, accepted = figures(at, arm)
             mean, low, high = re.match(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", row[name]).groups()
@@ -95,7 +93,8 @@ def test_the_reports_tables_are_means_of_the_prompts_in_the_records(title):
     section = REPORT.split(f"## {title}\n")[1].split("\n## ")[0]
     temperatures = [float(found) for found in re.findall(r"^Temperature ([\d.]+)", section, re.M)]
     told = next(chapter for chapter in story.CHAPTERS if chapter.title == title).temperatures
-    assert sorted(temperatures) == sorted(told or {panel["temperature"] for panel in panels})
+    measured = {panel["temperature"] for panel in panels}
+    assert sorted(temperatures) == sorted(measured if told is None else told)
     for temperature, table in zip(temperatures, tables(section), strict=False):
         cells = [cell for row in table for name, cell in row.items() if name in NAMES.values() and cell != "–"]
         assert check(table, [panel for panel in panels if panel["temperature"] == temperature]) == len(cells) > 0
@@ -109,6 +108,46 @@ def test_the_readmes_tables_are_those_of_the_records():
     for (title, temperature), table in zip(titles, found, strict=True):
         panels = [panel for journal in JOURNALS[title] for panel in read(journal)]
         assert check(table, [panel for panel in panels if panel["temperature"] == float(temperature)]) >= 16
+    vllm = json.loads((ROOT / "results/h200/vllm.json").read_text())["rows"]
+    for row in found[1]:
+        tokens = 1000 * int(row["length"].removesuffix("K"))
+        at = [one for one in vllm if (one["method"], one["tokens"]) == ("vllm_ar", tokens)]
+        seconds = sum(statistics.median(one["all_tokens_s"]) - statistics.median(one["one_token_s"]) for one in at)
+        assert int(row["AR, vLLM"]) == round(sum(one["decoded"] for one in at) / seconds)
+
+
+def test_what_the_readme_says_of_priced_trees_on_a_gpu_is_in_the_records():
+    said = " ".join(README.split())
+    low, high = re.search(r"\(([\d.]+) to ([\d.]+) of it, \[table\]", said).groups()
+    (greedy,) = re.findall(r"they decode the second pair at ([\d.]+), ([\d.]+) and ([\d.]+) times AR", said)
+    panels = [one for name in CLASSIC for one in read(name)]
+    fixed = [arm for arm in panels[0]["arms"] if arm.startswith("specextend") and "price" not in arm]
+    ratios = []
+    for length, temperature in {(one["bucket"], one["temperature"]) for one in panels}:
+        at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, temperature)]
+        for rates in (mean_rate, total_rate):
+            ratios.append(rates(at, "specextend:tree=price") / max(rates(at, arm) for arm in fixed))
+    assert len(fixed) == 3 and (low, high) == (f"{min(ratios):.2f}", f"{max(ratios):.2f}")
+    for length, found in zip(("1K", "4K", "16K"), greedy, strict=True):
+        at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, 0)]
+        assert found == f"{mean_rate(at, 'specextend:tree=price'):.1f}"
+
+
+def mean_rate(panels: list[dict], arm: str) -> float:
+    """Decoding over AR, mean of the prompts' own."""
+    pairs = [(one["arms"][arm]["timing"], one["autoregressive"]["timing"]) for one in panels]
+    return sum(own["decode_tokens_per_s"] / alone["decode_tokens_per_s"] for own, alone in pairs) / len(pairs)
+
+
+def total_rate(panels: list[dict], arm: str) -> float:
+    """Decoding over AR, all tokens over all seconds."""
+    rates = []
+    for timings in (
+        [one["arms"][arm]["timing"] for one in panels],
+        [one["autoregressive"]["timing"] for one in panels],
+    ):
+        rates.append(sum(one["new_tokens"] - 1 for one in timings) / sum(one["decode_s"] for one in timings))
+    return rates[0] / rates[1]
 
 
 def test_acceptance_by_output_token_is_a_sum_over_rounds():
@@ -128,13 +167,17 @@ def test_acceptance_by_output_token_is_a_sum_over_rounds():
 
 
 @pytest.mark.parametrize(
-    "title",
-    ["The bundled pair at the size of Vicuna-7B and 68M", "The bundled target with its EAGLE-1 head at that size"],
+    ("title", "lengths"),
+    [
+        ("A published model with an EAGLE-3 head", ["2K", "4K"]),
+        ("The bundled pair at the size of Vicuna-7B and 68M", ["1K", "2K", "4K", "8K"]),
+        ("The bundled target with its EAGLE-1 head at that size", ["1K", "2K", "4K", "8K"]),
+    ],
 )
-def test_what_stands_beside_table_2_is_a_ratio_of_totals_over_shared_prompts(title):
+def test_what_stands_beside_tables_2_and_5_is_a_ratio_of_totals_over_shared_prompts(title, lengths):
     table = tables(REPORT.split(f"## {title}\n")[1].split("\n## ")[0])[-1]
     panels = [panel for journal in JOURNALS[title] for panel in read(journal)]
-    assert [row["length"] for row in table] == ["1K", "2K", "4K", "8K"]
+    assert [row["length"] for row in table] == lengths
     for row in table:
         at = [
             one for one in panels if (one["data"], one["bucket"], one["temperature"]) == ("govreport", row["length"], 0)
@@ -148,6 +191,40 @@ def test_what_stands_beside_table_2_is_a_ratio_of_totals_over_shared_prompts(tit
             accepted.append(sum(sum(one["accepted"]) for one in answers) / sum(len(one["accepted"]) for one in answers))
         assert row["accepted: ours"] == " → ".join(f"{one:.2f}" for one in accepted)
         assert row["end to end over standard: ours"] == f"{rates[1] / rates[0]:.2f}"
+
+
+def test_what_stands_beside_table_4_is_a_mean_of_the_prompts_ratios():
+    (table,) = tables(REPORT.split("## Each part alone\n")[1].split("\n## ")[0])
+    arms = ["fa", "hta", "streaming", "cmr", "specextend"]
+    assert len(table) == len(arms)
+    standard = [one for name in CLASSIC[1:3] for one in read(name)]
+    for row, method in zip(table, arms, strict=True):
+        for length in ("1K", "2K", "4K", "8K"):
+            ratios = []
+            for panel in read("h200/classic/ablation.jsonl"):
+                (other,) = [
+                    one for one in standard
+                    if (one["prompt_sha256"], one["temperature"]) == (panel["prompt_sha256"], 0)
+                ]  # fmt: skip
+                if panel["bucket"] == length:
+                    of = other if method == "specextend" else panel
+                    over = [
+                        found["arms"][f"{name}:tree=paper"]["timing"]["tokens_per_s"]
+                        / found["autoregressive"]["timing"]["tokens_per_s"]
+                        for found, name in ((of, method), (other, "standard"))
+                    ]
+                    ratios.append(over[0] / over[1])
+            assert 4 <= len(ratios) <= 5 and row[f"{length}: ours"].split()[0] == f"{sum(ratios) / len(ratios):.2f}"
+
+
+def test_what_is_hard_is_a_mean_of_the_prompts_ratios():
+    (table,) = tables(REPORT.split("## What is hard for priced trees\n")[1].split("\n## ")[0])
+    assert len(table) == 4
+    for row in table:
+        what, length = row.pop("temperature 0.8").rsplit(", ", 1)
+        panels = read(f"h200/classic/{'random_draft' if what == 'random draft' else 'short_answers'}.jsonl")
+        assert {panel["temperature"] for panel in panels} == {0.8}
+        assert check([row | {"length": length}], panels) == (3 if what == "random draft" else 2)
 
 
 def test_quotations_are_sums_over_rounds():
@@ -210,9 +287,10 @@ def test_standard_and_specextend_are_compared_on_the_prompts_that_both_answered(
 
 def speedups(arm: str) -> dict[tuple[str, str], float]:
     """Decoding over AR, mean of the prompts' own ratios, by temperature and length."""
-    lines = (ROOT / "results" / "cpu" / "policy" / "policy.jsonl").read_text().splitlines()
     found: dict[tuple[str, str], list[float]] = {}
-    for row in map(json.loads, lines[1:]):
+    for row in read("cpu/policy/policy.jsonl") + read("cpu/policy/policy_8K_16K.jsonl"):
+        if arm not in row["arms"]:
+            continue
         own, alone = row["arms"][arm]["timing"], row["autoregressive"]["timing"]
         ratio = own["decode_tokens_per_s"] / alone["decode_tokens_per_s"]
         found.setdefault((f"{row['temperature']:g}", row["bucket"]), []).append(ratio)
@@ -229,26 +307,35 @@ def test_speeds_of_priced_trees_are_means_of_the_prompts_ratios():
     for row in table:
         temperature, tree = re.fullmatch(r"temperature ([\d.]+), (priced|12 nodes)", [*row.values()][0]).groups()
         of = PRICED if tree == "priced" else TUNED
-        lengths = {name: value for name, value in row.items() if name in ("512", "1K", "4K")}
-        assert lengths == {name: f"{of[temperature, name]:.2f}" for name in ("512", "1K", "4K")}
+        cells = {name: value for name, value in row.items() if name in ("512", "1K", "4K", "8K", "16K")}
+        assert len(cells) == 5
+        for length, cell in cells.items():
+            assert cell == (f"{of[temperature, length]:.2f}" if (temperature, length) in of else "–")
 
 
-def test_speeds_of_priced_trees_on_a_gpu_are_means_of_the_prompts_ratios():
+def test_priced_trees_beside_fixed_ones_are_means_of_the_prompts_ratios():
+    (table,) = tables((ROOT / "results" / "tables" / "policy_h200.md").read_text())
     arms = {
-        "priced": "specextend:tree=price", "the paper's, 10 and 0.7": "specextend:tree=paper",
-        "10 and 0.15": "specextend:nodes=50,max_depth=10,threshold=0.15",
-        "12 and 0.05": "specextend:nodes=50,max_depth=12,threshold=0.05",
+        "priced": "specextend:tree=price", "the paper's": "specextend:tree=paper",
+        "stop at 0.15": "specextend:nodes=50,max_depth=10,threshold=0.15",
+        "12 levels, stop at 0.05": "specextend:nodes=50,max_depth=12,threshold=0.05",
     }  # fmt: skip
-    sampled = read("h200/classic/classic_t0.8.jsonl")
-    greedy = [one for name in ("1K_4K", "2K_8K", "16K") for one in read(f"h200/classic/classic_{name}.jsonl")]
-    (table,) = [one for one in tables((ROOT / "docs" / "policy.md").read_text()) if "16K" in one[0]]
-    assert len(table) == 2 * len(arms) - 1  # the last one was not run again at 0.8
+    panels = [one for name in CLASSIC for one in read(name)]
     for row in table:
-        temperature, tree = re.fullmatch(r"temperature ([\d.]+), (.*)", [*row.values()][0]).groups()
-        panels = sampled if temperature == "0.8" else greedy
-        for length in ("1K", "2K", "4K", "8K", "16K"):
-            at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, float(temperature))]
-            assert row[length] == figures(at, arms[tree])[0]
+        at = [one for one in panels if one["bucket"] == row["length"]]
+        for temperature in ("0.8", "0"):
+            there = [one for one in at if one["temperature"] == float(temperature)]
+            for name, arm in arms.items():
+                assert row[f"{temperature}: {name}"] == figures(there, arm)[0]
+        twice = [one for one in at if sum((one["data"], one["sample"]) == (o["data"], o["sample"]) for o in at) == 2]
+        rates = {
+            name: sum(one["arms"][arm]["timing"]["new_tokens"] for one in twice)
+            / sum(one["arms"][arm]["timing"]["decode_s"] for one in twice)
+            for name, arm in arms.items()
+        }
+        priced = rates.pop("priced")
+        assert row["alternating: priced over the best"] == f"{priced / max(rates.values()):.2f}"
+    assert [row["length"] for row in table] == ["512", "1K", "2K", "4K", "8K", "16K"]
 
 
 def test_what_the_readme_says_below_its_first_command_is_in_the_record():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
 
-from scripts.report.gpu import slot_reports, step_reports, summary
+from scripts.report.gpu import policy_reports, slot_reports, step_reports, summary
 
 RESULTS = Path(__file__).parents[2] / "results"
 RECORDS = sorted(RESULTS.glob("*/bench.json"))
@@ -36,11 +37,24 @@ def test_a_record_says_what_a_round_costs(tmp_path):
     assert "whole round" in section and f"| {shown['round_ms']:.2f} |" in section
 
 
-def test_verifications_stand_by_their_slots_and_more_slots_cost_no_less():
-    record = json.loads((RESULTS / "h100" / "bench.json").read_text())
-    (section,) = slot_reports(RESULTS / "h100")
+@pytest.mark.parametrize(("gpu", "fewest"), [("h100", 1), ("h200", 8)])
+def test_verifications_stand_by_their_slots_and_more_slots_cost_no_less(gpu, fewest):
+    record = json.loads((RESULTS / gpu / "bench.json").read_text())
+    (section,) = slot_reports(RESULTS / gpu)
     assert section in (RESULTS / "tables" / "gpu.md").read_text()
     for tokens in (1000, 16000):
-        times = [row["ms"] for row in sorted(record["slots"], key=lambda row: row["slots"]) if row["tokens"] == tokens]
-        assert times == sorted(times) and len(times) == 7
-        assert f"| {tokens} | {' | '.join(f'{one:.2f}' for one in times)} |" in section
+        rows = [row for row in sorted(record["slots"], key=lambda row: row["slots"]) if row["tokens"] == tokens]
+        assert f"| {tokens} | {' | '.join('{:.2f}'.format(row['ms']) for row in rows)} |" in section
+        times = [row["ms"] for row in rows if row["slots"] >= fewest]
+        assert times == sorted(times) and len(rows) == 7
+
+
+def test_deciding_about_trees_costs_nothing_on_a_gpu():
+    record = json.loads((RESULTS / "h200" / "bench.json").read_text())
+    (section,) = policy_reports(RESULTS / "h200")
+    assert section in (RESULTS / "tables" / "gpu.md").read_text()
+    for row in record["policy"]:
+        over = [turn["decided"]["round_ms"] / turn["fixed"]["round_ms"] for turn in row["turns"]]
+        assert f"{statistics.median(over):.2f}" == "0.98"  # as docs/policy.md says
+        assert row["decided_tokens"] == row["fixed_tokens"]
+        assert f"| {row['tokens']} | {row['fixed_round_ms']:.2f} | {row['decided_round_ms']:.2f} |" in section

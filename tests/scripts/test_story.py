@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,19 @@ from specextend.evaluation.panel_figures import figures_of, paired_difference, p
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 PUBLISHED = story.CHAPTERS[:2]
-BUNDLED, POLICY, HEAD, LONG, IGNORANT, PUBLISHED_CPU, CPU = story.CHAPTERS[2:]
+BUNDLED, PARTS, HEAD, LONG, HARD, PUBLISHED_CPU, CPU = story.CHAPTERS[2:]
+LENGTHS = ("512", "1K", "2K", "4K", "8K", "16K")
 
 
 def rows_of(chapter):
+    return rows_by_title(chapter.title)
+
+
+@cache
+def rows_by_title(title):
+    chapter = next(one for one in story.CHAPTERS if one.title == title)
     _, panels = story.read_chapter(RESULTS, chapter)
-    return panels, pooled(figures_of(panels))
+    return panels, story.rows_of(chapter, panels)
 
 
 def speed(rows, arm, length, temperature):
@@ -49,37 +57,47 @@ def test_at_the_size_of_7b_fast_attention_and_a_small_cache_mend_standard():
                 story._row(rows, arm, length, temperature)["accepted"]["mean"] for arm in (story.PAPERS, story.FULL)
             ]
             assert kept[0] > (1.8 if length == "2K" else 2) * kept[1]
-    for length in ("1K", "2K", "4K", "8K", "16K"):
+    for length in LENGTHS:
         greedy, sampled = (
             speed(rows, story.PRICED, length, temperature)["mean"]
             / speed(rows, story.PAPERS, length, temperature)["mean"]
             for temperature in (0.0, 0.8)
         )
-        assert greedy > 1.5 and sampled > (0.96 if length == "2K" else 0.98)
+        assert greedy > 1.5 and sampled > 1
 
 
 def test_threats_name_how_many_prompts_there_are():
-    many = [chapter for chapter in story.CHAPTERS if chapter not in (IGNORANT, LONG)]
-    counts = [row["prompts"] for chapter in many for row in rows_of(chapter)[1]]
-    few, long = ({row["prompts"] for row in rows_of(chapter)[1]} for chapter in (IGNORANT, LONG))
-    assert few == {6} and long == {4}
+    apart = (HARD, LONG, PARTS)
+    counts = [row["prompts"] for chapter in story.CHAPTERS if chapter not in apart for row in rows_of(chapter)[1]]
+    random, _ = hard()
+    alone = pooled(figures_of(story.read_panels(RESULTS / PARTS.journals[0])[1]))
+    few = [{row["prompts"] for row in rows} for rows in (random, rows_of(LONG)[1], alone)]
+    assert few == [{7, 9}, {4}, {4, 5}]
     said = f"{min(counts)} to {max(counts)} prompts per length from"
     assert any(said in point for point in story.THREATS) and f"{min(counts)} to" in story.NOT_REPRODUCED[0]
 
 
-def test_priced_trees_are_level_with_the_best_fixed_tree_of_three_when_sampled():
-    panels, rows = rows_of(POLICY)
-    for length in ("1K", "2K", "4K", "8K", "16K"):
-        assert all(story.over_fixed(rows, length, kind) > 0.95 for kind in ("mean", "total"))
-        assert story._row(rows, story.PRICED, length, 0.8)["prompts"] >= 20
-    fixed = {}  # "the best of three": the other record of these prompts has the third
-    for panel in story.read_panels(RESULTS / "h200/classic/classic_2K_8K_t0.8.jsonl")[1]:
-        for arm, answer in panel.arms.items():
-            tokens, seconds = fixed.get(arm, (0, 0.0))
-            fixed[arm] = tokens + answer.timing.new_tokens - 1, seconds + answer.timing.decode_s
-    rates = {arm: tokens / seconds for arm, (tokens, seconds) in fixed.items()}
-    third = "specextend:nodes=50,max_depth=12,threshold=0.05"
-    assert max((story.PAPERS, story.SOONER, third), key=rates.get) == story.SOONER
+def test_priced_trees_are_level_with_the_best_fixed_tree_of_three_and_above_it_where_text_changes():
+    panels, rows = rows_of(BUNDLED)
+    best = set()
+    for length in LENGTHS:
+        for temperature in (0.8, 0.0):
+            assert all(story.over_fixed(rows, length, temperature, kind) > 0.95 for kind in ("mean", "total"))
+            assert story._row(rows, story.PRICED, length, temperature)["prompts"] >= (16 if length == "512" else 20)
+            best.add(max(story.FIXED, key=lambda arm: speed(rows, arm, length, temperature)["mean"]))  # noqa: B023
+        fixed = max(story.alternating(panels, arm, length) for arm in story.FIXED)
+        assert story.alternating(panels, story.PRICED, length) > fixed
+    assert len(best) > 1  # "depends on text and temperature"
+
+
+def test_all_parts_together_gain_more_than_the_parts_multiplied():
+    panels, _ = rows_of(PARTS)
+    rows = [line.strip("| ").split(" | ") for line in story.beside_table_4(panels).splitlines()]
+    places = {length: rows[0].index(f"{length}: ours") for length in ("1K", "2K", "4K", "8K")}
+    for length, place in places.items():
+        reading, verifying, window, retrieval, together = (float(row[place].split()[0]) for row in rows[2:])
+        if length in ("4K", "8K"):
+            assert together > reading * verifying * max(window, retrieval)
 
 
 def test_in_long_answers_a_full_cache_loses_what_a_small_one_keeps():
@@ -99,14 +117,22 @@ def test_a_head_loses_less_with_a_full_cache_than_a_small_model():
     assert lost[0] > lost[1]
 
 
+@cache
+def hard():
+    """Figures with a random draft, and of short answers."""
+    return [pooled(figures_of(story.read_panels(RESULTS / journal)[1])) for journal in HARD.journals]
+
+
 def test_where_the_draft_knows_nothing_priced_trees_stop_drafting():
-    rows = rows_of(IGNORANT)[1]
+    random, short = hard()
     for length in ("1K", "8K"):
-        fixed, priced = (
-            [one["speedup_decode"] for one in rows if one["arm"] == arm and one["length"] == length]
-            for arm in (story.PAPERS, story.PRICED)
+        fixed, priced, full = (
+            story._row(random, arm, length, 0.8)["speedup_decode"]
+            for arm in (story.PAPERS, story.PRICED, story.FULL_PRICED)
         )
-        assert fixed[0]["mean"] < 1 < priced[0]["mean"] and priced[0]["smallest"] > 0.96
+        assert fixed["mean"] < 1 < priced["mean"] and full["mean"] > 0.975
+        assert min(priced["smallest"], full["smallest"]) > 0.95
+    assert all(row["speedup_decode"]["low"] > 1 for row in short)
 
 
 def test_on_two_cores_the_published_model_gains_and_writes_what_autoregressive_decoding_writes():
