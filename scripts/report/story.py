@@ -347,13 +347,13 @@ def alternating(panels: Sequence[Panel], arm: str, length: str) -> float:
     return sum(one.new_tokens for one in timings) / sum(one.decode_s for one in timings)
 
 
-def page_of_fixed_trees(results: Path) -> str:
-    """A page of its own: priced trees beside fixed ones; empty where no such journals are there."""
+def fixed_trees(results: Path) -> Iterator[str]:
+    """Sections of a page of its own, priced trees beside fixed ones; nothing where no such journals are there."""
     chapter = next(chapter for chapter in CHAPTERS if chapter.judge is _judge_bundled)
     if chapter not in told(results):
-        return ""
+        return
     manifest, panels = read_chapter(results, chapter)
-    return (
+    yield (
         f"{_about(manifest, panels)}\n\nDecoding over AR, mean of the prompts' own ratios, at temperature 0.8 and 0: "
         "three trees of fixed bounds (50 nodes) and priced ones. *Alternating*: the prompts that were answered at both "
         "temperatures in turns, all tokens over all seconds, priced trees over the best of the fixed.\n\n"

@@ -156,7 +156,7 @@ def document_pages(results: Path) -> dict[str, str]:
     pages = {
         "analyses": ("# Analyses", analysed),
         "quotations": ("# Answers that refer back", quoted),
-        "policy_h200": ("# Priced trees beside fixed ones", [*filter(None, [story.page_of_fixed_trees(results)])]),
+        "policy_h200": ("# Priced trees beside fixed ones", [*story.fixed_trees(results)]),
         "gpu": ("# What a round costs", [*step_reports(results), *slot_reports(results), *policy_reports(results)]),
     }
     return {

@@ -127,6 +127,7 @@ def test_what_the_readme_says_of_priced_trees_on_a_gpu_is_in_the_records():
         at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, temperature)]
         for rates in (mean_rate, total_rate):
             ratios.append(rates(at, "specextend:tree=price") / max(rates(at, arm) for arm in fixed))
+    assert f"decode at {low} to {high} of the best" in " ".join((ROOT / "docs" / "policy.md").read_text().split())
     assert len(fixed) == 3 and (low, high) == (f"{min(ratios):.2f}", f"{max(ratios):.2f}")
     for length, found in zip(("1K", "4K", "16K"), greedy, strict=True):
         at = [one for one in panels if (one["bucket"], one["temperature"]) == (length, 0)]
