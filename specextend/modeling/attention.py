@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "specextend"
-SCORES_AT_ONCE = 1 << 24  # elements; a prefill's of one head may be more
+SCORES_AT_ONCE, SCORES_AT_ONCE_ON_GPU = 1 << 24, 1 << 28  # elements; a prefill's of one head may be more
 OWN_KERNEL_QUERIES = 128  # from so many on the newest tokens are read by our own kernel
 ONE_PASS_QUERIES = 128  # on a CPU; the mask of a prefill block would be as large as its scores
 
@@ -66,13 +66,13 @@ class DenseAttention:
     """All scores, [H, T, N + tail]: the definition, and the paper's baseline. As many KV heads at once as are small."""
 
     def __call__(self, query, key, value, scaling, tail, mask):
-        visible = _full_mask(query.shape[2], key.shape[2], tail, mask, query.device)
         queries = _stack_groups(query, key.shape[1])
         groups = queries.shape[2] // query.shape[2]
-        visible = visible.repeat(groups, 1)
-        heads = max(1, SCORES_AT_ONCE // (queries.shape[2] * key.shape[2]))
+        hidden = _full_mask(query.shape[2], key.shape[2], tail, mask, query.device).logical_not().repeat(groups, 1)
+        at_once = SCORES_AT_ONCE_ON_GPU if query.is_cuda else SCORES_AT_ONCE
+        heads = max(1, at_once // (queries.shape[2] * key.shape[2]))
         parts = zip(*(states.split(heads, dim=1) for states in (queries, key, value)), strict=True)
-        outputs = [masked_attention(*part, scaling, visible) for part in parts]
+        outputs = [_dense_attention(*part, scaling, hidden) for part in parts]
         output, lse = (torch.cat(part, dim=1) for part in zip(*outputs, strict=True))
         return _unstack_groups(output, lse, query)
 
@@ -134,12 +134,19 @@ def masked_attention(
     Args:
         query: [B, H, T, D]; key, value: [B, H, K, D]; mask: [T, K] bool, each row with a true entry.
     """
-    scores = torch.matmul(query, key.transpose(2, 3))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scaling)
-    if mask is not None:
-        scores.masked_fill_(~mask, float("-inf"))
-    lse = scores.logsumexp(-1)
-    return torch.matmul(scores.sub_(lse[..., None]).exp_().to(value.dtype), value), lse
+    return _dense_attention(query, key, value, scaling, None if mask is None else ~mask)
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`masked_attention`; as many passes over the scores as transformers' eager attention, and one for the lse."""
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    lse = scores.amax(-1).to(weights.dtype) - weights.amax(-1).log()
+    return torch.matmul(weights.to(value.dtype), value), lse
 
 
 def flash_attention(
@@ -273,6 +280,8 @@ def _unstack_groups(output: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor,
 
 def _full_mask(queries: int, keys: int, tail: int, mask: Tensor | None, device: torch.device) -> Tensor:
     """[T, N + tail] bool: the prefix visible to all, the tail under `mask` (None: causal)."""
+    if mask is not None and tail == keys:
+        return mask
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
     if mask is None:
         return visible.tril_(keys - queries)
