@@ -231,14 +231,19 @@ class Bench:
             }
 
     def prefill(self) -> list[dict]:
-        """Seconds to read a prompt: Hugging Face with sdpa, ours, and the draft's."""
+        """Seconds to read a prompt: ours, by dense attention, transformers with sdpa and eagerly; and the draft's."""
+        standard = SpecExtend(self.models, SpecExtendConfig.standard(), prefix_reuse=False)
         rows = []
         for length in self.args.lengths:
             prompt = self.prompt(length)
-            self.hugging_face_s(prompt)
             ours = [self.engine.generate(prompt, 1).prefill_seconds for _ in range(4)][1:]
+            dense = [standard.generate(prompt, 1).prefill_seconds["target"] for _ in range(4)][1:]
             medians = {f"{of}_s": statistics.median(one.get(of, 0.0) for one in ours) for of in ("target", "draft")}
-            rows.append({"tokens": length, **medians, "hugging_face_sdpa_s": self.hugging_face_s(prompt)})
+            medians["standard_s"] = statistics.median(dense)
+            for how in ("sdpa", "eager"):
+                transformers = [self.hugging_face_s(prompt, how) for _ in range(4)][1:]
+                medians[f"hugging_face_{how}_s"] = statistics.median(transformers)
+            rows.append({"tokens": length, **medians})
         return rows
 
     def trace(self) -> dict:
@@ -314,10 +319,10 @@ class Bench:
         return self.text.repeat(-(-length // len(self.text)))[:length]
 
     @torch.inference_mode()
-    def hugging_face_s(self, ids: Tensor) -> float:
-        """Seconds of transformers' own prefill with sdpa and a dynamic cache."""
+    def hugging_face_s(self, ids: Tensor, attention: str) -> float:
+        """Seconds of transformers' own prefill with this attention of its own and a dynamic cache."""
         model, cache = self.models.target, DynamicCache()
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(attention)
         try:
             read = partial(model, ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
             return elapsed_ms(read, self.device) / 1e3
