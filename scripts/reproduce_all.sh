@@ -92,6 +92,7 @@ gpu() {
     local ours="specextend:tree=paper specextend:tree=price" sooner="specextend:nodes=50,max_depth=10,threshold=0.15"
     local fixed="$sooner specextend:nodes=50,max_depth=12,threshold=0.05 prompt_lookup"
     local alone="fa:tree=paper hta:tree=paper streaming:tree=paper cmr:tree=paper"
+    local rivals="autoregressive_hf magicdec self_retrieval triforce"
     local own="$data/govreport $data/pg19 $data/booksum" cut="$data/smollm2/govreport $data/smollm2/pg19 $data/smollm2/booksum"
     local head
     "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data"
@@ -108,17 +109,17 @@ gpu() {
         arms eval_eagle.py smollm2/smollm2_${head}_native "$cut" "512 8K" 0.7 \
             "$full $window $ours specextend:tree=paper,top_k=16 specextend:tree=paper,top_k=64" -max 200 -m smollm2 --head $head
     done
-    arms eval_classic.py classic/classic_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours $fixed" \
+    arms eval_classic.py classic/classic_1K_16K "$own" "1K 2K 4K 8K 16K" "0.8 0" "$standard $full $window $ours $fixed" \
         -max 200 --widen vicuna_7b
     arms eval_classic.py classic/classic_512 "$data/govreport $data/pg19" 512 "0.8 0" "$standard $full $window $ours $fixed" \
         -max 200 --widen vicuna_7b
-    arms eval_classic.py classic/classic_16K "$own" 16K "0.8 0" "$full $window $ours $fixed" -max 200 --widen vicuna_7b
-    arms eval_classic.py classic/ablation "$data/govreport" "1K 2K 4K 8K" 0 "$alone" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/ablation "$data/govreport" "1K 2K 4K 8K 16K" 0 "$alone" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/rivals "$data/govreport" "1K 2K 4K 8K 16K" 0 "$standard $rivals" -max 200 --widen vicuna_7b
+    arms eval_classic.py classic/sweep "$data/govreport" 8K 0 "$(working_caches)" -max 200 --widen vicuna_7b
     arms eval_classic.py classic/short_answers "$own" "1K 4K" 0.8 "$ours" -max 16 --widen vicuna_7b
     arms eval_classic.py classic/classic_t1.2 "$own" "1K 4K 16K" 1.2 "$ours $sooner" -max 200 --widen vicuna_7b
-    arms eval_eagle.py eagle1/eagle1_1K_8K "$own" "1K 2K 4K 8K" "0.8 0" "$standard $full $window $ours" \
+    arms eval_eagle.py eagle1/eagle1_1K_16K "$own" "1K 2K 4K 8K 16K" "0.8 0" "$standard $full $window $ours" \
         -max 200 --head eagle1 --widen vicuna_7b
-    arms eval_eagle.py eagle1/eagle1_16K "$own" 16K "0.8 0" "$full $window $ours" -max 200 --head eagle1 --widen vicuna_7b
     arms eval_eagle.py aime/aime24_eagle3 "$data/aime24" all 0.5 "$full $ours" -max 8000 --head eagle3 --widen llama31_8b
     if [ ! -e "$out/prefix.json" ]; then
         "$python" -m scripts.bench.prefix --widen vicuna_7b --dtype float16 --output "$out/prefix.json"
@@ -127,6 +128,13 @@ gpu() {
         "$python" -m scripts.bench.gpu --output "$out"
     fi
     "$python" -m scripts.report.evidence "$out" --output "$out/tables" --figures "$out/figures"
+}
+
+working_caches() { # arms of table 8: tokens in all, tokens of a chunk, rounds between refreshes
+    local value
+    for value in 2 4 8 16 32 64 128 256; do echo "specextend:tree=paper,top_k=$value"; done
+    for value in 1 4 8 16 64 128; do echo "specextend:tree=paper,chunk_size=$value,top_k=$((1024 / value))"; done
+    for value in 1 2 16 32 64 128; do echo "specextend:tree=paper,every_n_steps=$value"; done
 }
 
 estimate() { # prompts per length, runs

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from scripts.report.markdown import Column, lines_of, table_of
+from scripts.report.paper import paper
 from scripts.report.records import attempt, read_documents
 
 STEPS = {  # of a row of `steps`, by their names in the summary
@@ -17,6 +18,12 @@ STEPS = {  # of a row of `steps`, by their names in the summary
     "byte_floor": "byte_floor",
 }  # fmt: skip
 SHOWN = 1000, 16000  # prompt tokens
+PREFILL_COLUMNS = [
+    Column("ours", "target_s", 3),
+    Column("ours, dense attention (standard)", "standard_s", 3),
+    Column("transformers, sdpa", "hugging_face_sdpa_s", 3),
+    Column("transformers, eager", "hugging_face_eager_s", 3),
+]
 STEP_COLUMNS = [
     Column("byte floor", "byte_floor_ms"),
     Column("AR token", "autoregressive_ms"),
@@ -26,6 +33,12 @@ STEP_COLUMNS = [
     Column("refresh", "refresh_ms"),
     Column("whole round", "round_ms"),
 ]
+
+
+def reports(results: Path) -> list[str]:
+    """All of it."""
+    made = (step_reports, prefill_reports, slot_reports, policy_reports)
+    return [section for make in made for section in make(results)]
 
 
 def step_reports(results: Path) -> list[str]:
@@ -41,6 +54,11 @@ def slot_reports(results: Path) -> list[str]:
 def policy_reports(results: Path) -> list[str]:
     """What deciding about trees costs, for every GPU on which that was timed."""
     return _sections(results, _policy)
+
+
+def prefill_reports(results: Path) -> list[str]:
+    """What reading a prompt takes, for every GPU on which dense attention was timed, too."""
+    return _sections(results, _prefill)
 
 
 def _sections(results: Path, make: Callable[[dict[str, Any]], list[str]]) -> list[str]:
@@ -88,6 +106,31 @@ def _policy(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _prefill(record: dict[str, Any]) -> list[str]:
+    rows = pd.DataFrame(record.get("prefill", []))
+    if "standard_s" not in rows:
+        return []
+    return [
+        f"One {record['gpu']}, the same target: seconds to read a prompt. Standard's dense attention is the baseline "
+        "of most tables; it makes as many passes over its scores as transformers' eager attention.",
+        table_of(rows.set_index("tokens").rename_axis("prompt tokens"), PREFILL_COLUMNS),
+    ]
+
+
+def _beside_table_7(steps: list[dict[str, Any]]) -> list[str]:
+    """The paper's latencies at 16K with ours, where that length was measured."""
+    says = paper()["table7_latency_ms_16K"]
+    return [
+        f"Beside table 7 (16K, A100): a target forward takes {says['target_forward']} ms and with retrieval "
+        f"{says['target_forward_with_retrieval']}, a draft forward {says['draft_forward']}, an update of the working "
+        f"cache {says['retrieval_cache_update']}; here a verification takes {ours['verify_ms']:.2f}, a level of the "
+        f"draft's tree {ours['draft_ms'] / 10:.2f}, retrieval and update together {ours['refresh_ms']:.2f}, every "
+        "fourth round."
+        for ours in steps
+        if ours["tokens"] == 16000
+    ]
+
+
 def _steps(record: dict[str, Any]) -> list[str]:
     steps = [step for step in steps_of(record) if step["tokens"] in SHOWN]
     if not steps:
@@ -96,6 +139,7 @@ def _steps(record: dict[str, Any]) -> list[str]:
         f"{_about(record)} Milliseconds of the steps, 64 tree slots, ten draft levels; the floor is one pass over "
         "weights and cache at the bandwidth measured beside them.",
         table_of(pd.DataFrame(steps).set_index("tokens").rename_axis("prompt tokens"), STEP_COLUMNS),
+        *_beside_table_7(steps),
     ]
 
 

@@ -8,19 +8,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from scripts.report.arms import ARMS, FIXED, FULL, FULL_PRICED, PAPERS, PRICED, STANDARD, WINDOW
+from scripts.report.beside import (
+    Papers,
+    accepted,
+    beside_standard,
+    beside_table_3,
+    beside_table_4,
+    beside_table_8,
+    measured_again,
+    table_2,
+    table_5,
+)
 from scripts.report.evidence import journals_in
 from scripts.report.evidence_plots import by_length
 from scripts.report.markdown import cell, lines_of
 from scripts.report.paper import paper
-from scripts.report.quotations import FORCED, FREE, frame_of_scores
+from scripts.report.quotations import FORCED, frame_of_scores
 from scripts.report.records import place_of, read_documents
 from scripts.report.vllm import autoregressive_rates
 from specextend.data.prompts import nominal_tokens
@@ -29,32 +41,7 @@ from specextend.evaluation.panel_figures import figures_of, interval, paired_dif
 
 Row = dict[str, Any]
 TRAINED = Path(__file__).parents[2] / "specextend" / "models" / "heads" / "smollm2"
-FULL, WINDOW = "fa_hta:tree=paper", "fa_hta_streaming:tree=paper"
-PAPERS, PRICED = "specextend:tree=paper", "specextend:tree=price"
-STANDARD, FULL_PRICED = "standard:tree=paper", "fa_hta:tree=price"
-SOONER = "specextend:nodes=50,max_depth=10,threshold=0.15"
-LATER = "specextend:nodes=50,max_depth=12,threshold=0.05"
-FIXED = {PAPERS: "the paper's", SOONER: "stop at 0.15", LATER: "12 levels, stop at 0.05"}  # trees of fixed bounds
-PARTS = {  # of SpecExtend, each alone: an arm and its name in the paper's table 4
-    "fa:tree=paper": "Standard+FA",
-    "hta:tree=paper": "Standard+HTA",
-    "streaming:tree=paper": "Standard+StreamingLLM",
-    "cmr:tree=paper": "Standard+CMR",
-}
 RENAMED = {"standard": STANDARD}  # in journals of the time when a GPU's default was the paper's tree
-ARMS = {  # what an arm is called, in the order of the columns
-    STANDARD: "standard",
-    "standard:tree=price": "standard, priced trees",
-    FULL: "full cache",
-    WINDOW: "window",
-    PAPERS: "SpecExtend",
-    FULL_PRICED: "full cache, priced trees",
-    PRICED: "SpecExtend, priced trees",
-    "specextend:nodes=12,max_depth=8,threshold=0.35,min_probability=0.06": "SpecExtend, 12 nodes",
-    "prompt_lookup": "prompt lookup",
-}
-TABLE_4 = "table4_ablation_govreport_vicuna_7b_68m"
-TABLE_5 = "table5_llama31_8b_govreport (rows whose digits are legible)"
 VLLM = "AR, vLLM"
 QUESTION = (
     "Speculative decoding loses its speed on long inputs: attention gets slow, and a draft trained on short text stops "
@@ -73,7 +60,7 @@ LEGEND = (
 
 NOT_REPRODUCED = (
     "**Retrieval against a window of the same size.** The paper's table 4 puts Cross-model Retrieval far above "
-    "StreamingLLM. Here the two tie on summaries with three drafts, two targets and 12 to 30 prompts per length; "
+    "StreamingLLM. Here the two tie on summaries with three drafts, two targets and 16 to 30 prompts per length; "
     "retrieval wins where a fact stands far back and the draft can use it (needles above), and a little on "
     "quotations. What mends the collapse is that the draft's cache is small.",
     "**All of the short prompt's acceptance.** At 8K retrieval keeps four fifths of it, not all.",
@@ -85,14 +72,30 @@ THREATS = (
     "often a large model's draft is right is another matter.",
     "EAGLE heads were trained here, on at most 1,024 tokens of context, and agree with their target on AGREE_1 "
     "(EAGLE-1) and AGREE_3 (EAGLE-3) of its own text.",
-    "12 to 30 prompts per length from three data sets (7 and 9 with the random draft, 4 for long answers, 4 and 5 for "
-    "each part alone), one run each; answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
+    "16 to 30 prompts per length from three data sets (12 to 17 with the bundled EAGLE-1 head, 7 and 9 with the random "
+    "draft, 7 for the working cache, 4 for long answers and each part alone, 1 beside other methods), one run each; "
+    "answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
     "Greedy text of small models repeats itself, which flatters drafts and the looked-up branch most: read 0.7 and 0.8 "
     "first. Pages show every cell again without looping answers.",
     "In float16 some answers part from AR at a near-tie; the pages say at which distance. In float32 tests demand "
     "equality.",
     "CPU figures come from two cores of a shared machine, whose speed moves by a fifth between two runs.",
 )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A table of the paper that a chapter's pair is laid beside, on GovReport at temperature 0.
+
+    Args:
+        table: what it is.
+        papers: gives its rows.
+        journals: where standard was measured; none: the chapter's own.
+    """
+
+    table: str
+    papers: Callable[[], Papers]
+    journals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Chapter:
         figures: temperatures by names under `figures/`, without their ends.
         judge: sentences out of the rows of all data sets together.
         temperatures: those that have a table of all arms here; None: all. Without any, journals may differ in arms.
+        beside: a table of the paper.
         beside_vllm: vLLM has decoded this pair on such a machine, too; the README shows the lengths of both.
     """
 
@@ -112,7 +116,12 @@ class Chapter:
     figures: Mapping[str, float]
     judge: Callable[[Sequence[Panel], Sequence[Row]], str]
     temperatures: tuple[float, ...] | None = None
+    beside: Beside | None = None
     beside_vllm: bool = False
+
+    @property
+    def all_journals(self) -> tuple[str, ...]:
+        return self.journals + (self.beside.journals if self.beside else ())
 
 
 def sections(results: Path) -> Iterator[str]:
@@ -124,7 +133,7 @@ def sections(results: Path) -> Iterator[str]:
     for chapter in chapters:
         manifest, panels = read_chapter(results, chapter)
         rows = rows_of(chapter, panels)
-        pages = (Path(name).stem for name in chapter.journals)
+        pages = (Path(name).stem for name in chapter.all_journals)
         links = ", ".join(f"[{page}](tables/{page}.md)" for page in pages)
         about = f"{_about(manifest, panels)} By data set, end to end, smallest gains, where tokens part: {links}."
         temperatures = chapter.temperatures
@@ -142,6 +151,8 @@ def sections(results: Path) -> Iterator[str]:
             for figure in chapter.figures
         ]
         yield "\n".join([*drawn, chapter.judge(panels, rows)])
+        if chapter.beside:
+            yield from _beside(results, chapter.beside, panels)
     yield from _quotations(results)
 
 
@@ -172,19 +183,23 @@ def _beside_vllm(results: Path, lines: Mapping[str, dict[str, str]]) -> dict[str
 
 def told(results: Path) -> list[Chapter]:
     """The chapters whose journals are all there."""
-    return [chapter for chapter in CHAPTERS if all((results / name).exists() for name in chapter.journals)]
+    return [chapter for chapter in CHAPTERS if all((results / name).exists() for name in chapter.all_journals)]
 
 
 def pages_apart(results: Path) -> list[str]:
     """Pages of journals of several arms that no chapter tells of."""
     chapters = told(results)
-    journals = {results / name for chapter in chapters for name in chapter.journals}
+    journals = {results / name for chapter in chapters for name in chapter.all_journals}
     apart = [path for path in journals_in([results]) if path not in journals] if chapters else []
     return [f"tables/{path.stem}.md" for path in apart]
 
 
 def read_chapter(results: Path, chapter: Chapter) -> tuple[dict[str, Any], list[Panel]]:
-    read = [read_panels(results / name) for name in chapter.journals]
+    return _read(results, chapter.journals)
+
+
+def _read(results: Path, journals: Sequence[str]) -> tuple[dict[str, Any], list[Panel]]:
+    read = [read_panels(results / name) for name in journals]
     return read[0][0], [replace(one, arms=_renamed(one.arms)) for _, panels in read for one in panels]
 
 
@@ -269,16 +284,22 @@ def _judge_published(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
-def _judge_published_third(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    table5 = {(row["length"], row["specextend"]): row for row in paper()[TABLE_5] if row["draft"] == "eagle3"}
-    return (
-        f"{_judge_published(panels, rows)}\n\nBeside the paper's table 5 (GovReport, Llama-3.1-8B with an EAGLE-3 "
-        f"head, temperature 0), standard → SpecExtend:\n\n{_beside(panels, table5, ('2K', '4K'))}"
-    )
+def _beside(results: Path, beside: Beside, panels: Sequence[Panel]) -> Iterator[str]:
+    """The paper's table with ours, and how far two measurements of the same prompts are apart."""
+    again = ""
+    if beside.journals:
+        _, other = _read(results, beside.journals)
+        prompts, median, most = measured_again(panels, other, PAPERS)
+        again = (
+            f" Standard was measured in a second process; there SpecExtend's decoding over AR differs by {median:.1%} "
+            f"from what stands above (median of the {prompts} answers that both have, at most {most:.0%})."
+        )
+        panels = other
+    yield f"Beside {beside.table}, standard → SpecExtend, GovReport, temperature 0.{again}"
+    yield beside_standard(panels, beside.papers())
 
 
 def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    table2 = _rows_of_table_2("vicuna_68m")
     ratios = [
         over_fixed(rows, length, temperature, kind)
         for length in dict.fromkeys(row["length"] for row in rows)
@@ -293,42 +314,14 @@ def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         "From 2K on standard decoding is slower than AR, since dense attention writes all scores down; fast attention "
         "mends that, and a small draft cache nearly doubles what is accepted at 2K and more than doubles it from 4K "
         "on. Priced trees gain most where the draft is good: at temperature 0 they decode "
-        f"{speeds} tokens/s at 1K, 4K and 16K. Standard was not measured at 16K, where it reads a prompt for ten "
-        "seconds.\n"
+        f"{speeds} tokens/s at 1K, 4K and 16K.\n"
         "Which fixed tree is best depends on text and temperature, and nobody knows it before. Priced trees find "
         f"their own bounds: {min(ratios):.2f} to {max(ratios):.2f} of the best of three fixed trees in each of these "
         "cells (means of prompts' ratios, and totals), above the best single one on a stream that alternates both "
-        f"temperatures ([table](tables/policy_h200.md)); the slowest prompt decodes at {least:.2f} of AR.\n\n"
-        "Beside the paper's table 2 (GovReport, Vicuna-7B with Vicuna-68M, temperature 0), standard → SpecExtend; our "
-        f"baseline is captured in CUDA graphs as SpecExtend is:\n\n{_beside(panels, table2, ('1K', '2K', '4K', '8K'))}"
+        f"temperatures ([table](tables/policy_h200.md)); the slowest prompt decodes at {least:.2f} of AR. Standard's "
+        "dense attention reads a prompt as fast as transformers' eager one ([seconds](tables/gpu.md)), and its rounds "
+        "are captured in CUDA graphs as SpecExtend's are."
     )
-
-
-def _rows_of_table_2(draft: str) -> dict[tuple[str, bool], dict[str, Any]]:
-    """The paper's figures on GovReport with Vicuna-7B, by length and whether with SpecExtend."""
-    return {
-        (row["length"], row["specextend"]): row
-        for row in paper()["table2_main"]
-        if (row["dataset"], row["target"], row["draft"]) == ("GovReport", "vicuna_7b", draft)
-    }
-
-
-def _beside(
-    panels: Sequence[Panel], papers: Mapping[tuple[str, bool], Mapping[str, Any]], lengths: Sequence[str]
-) -> str:
-    """Standard and SpecExtend on GovReport at temperature 0, ours and the paper's."""
-    govreport = [row for row in figures_of(panels) if row["data"] == "govreport"]
-    lines = {}
-    for length in lengths:
-        before, after = papers[length, False], papers[length, True]
-        ours = [_row(govreport, arm, length, 0.0) for arm in (STANDARD, PAPERS)]
-        lines[length] = {
-            "accepted: paper": f"{before['tau']:.2f} → {after['tau']:.2f}",
-            "accepted: ours": " → ".join(cell(row["accepted"]["total"]) for row in ours),
-            "end to end over standard: paper": f"{after['speedup'] / before['speedup']:.2f}",
-            "end to end over standard: ours": f"{ours[1]['speedup']['total'] / ours[0]['speedup']['total']:.2f}",
-        }
-    return lines_of(lines)
 
 
 def over_fixed(rows: Sequence[Row], length: str, temperature: float, kind: str) -> float:
@@ -375,38 +368,26 @@ def beside_fixed(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     return lines_of(lines)
 
 
-def _judge_parts(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+def _judge_tables(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    sweep = [panel for panel in panels if f"{PAPERS},top_k=2" in panel.arms]
+    small, trained, wide = (accepted(sweep, f"{PAPERS},top_k={chunks}") for chunks in (2, 32, 64))
     return (
-        "Table 4 on GovReport at temperature 0: one part each, end to end over standard, the paper's and ours (mean of "
-        f"the prompts' own ratios, 95 % interval, 4 or 5 prompts):\n\n{beside_table_4(panels)}\n\n"
+        "All on GovReport at temperature 0, end to end, means of the prompts' own ratios. Table 4, one part each over "
+        f"standard (4 prompts per length):\n\n{beside_table_4(panels)}\n\n"
         "Each part alone mends one thing, reading the prompt, verification or the draft, and the others then cost as "
         "much as before; here standard is captured in CUDA graphs, so that dense attention is nearly all it costs. "
-        "From 4K on all parts together gain more than the parts' gains multiplied."
+        "From 4K on all parts together gain more than the parts' gains multiplied.\n\n"
+        f"Table 3, other methods over transformers' eager decoding (one prompt per length):\n\n"
+        f"{beside_table_3(panels)}\n\n"
+        "Nearly all is won before anything is speculated: our loop is captured in CUDA graphs, Hugging Face's is not. "
+        "MagicDec and TriForce draft with the large target itself, whose weights cost as much for a draft as for a "
+        "token; TriForce's draft cannot be captured.\n\n"
+        f"Table 8, the draft's working cache at 8K ({len(sweep)} prompts; decoding, the paper's end to end):\n\n"
+        f"{beside_table_8(sweep)}\n\n"
+        f"Only the size matters, as in the paper: 64 tokens accept {small:.2f} drafts a round, 1,024 {trained:.2f}, "
+        f"2,048 {wide:.2f}, more than this draft was trained for. What a refresh costs (table 7): "
+        "[on a GPU](tables/gpu.md), [on a CPU](tables/analyses.md)."
     )
-
-
-def beside_table_4(panels: Sequence[Panel]) -> str:
-    """End to end over standard on the same prompts; standard and a part were measured beside AR each."""
-    gains: dict[tuple[str, str], dict[str, float]] = {}  # over AR, by prompt and arm
-    for panel in panels:
-        if panel.data == "govreport" and panel.temperature == 0:
-            alone = panel.autoregressive.timing.tokens_per_s
-            found = {arm: answer.timing.tokens_per_s / alone for arm, answer in panel.arms.items()}
-            gains.setdefault((panel.bucket, panel.prompt_sha256), {}).update(found)
-    whole = [(length, found) for (length, _), found in gains.items() if PARTS.keys() <= found.keys()]
-    papers = {(row["setting"], row["length"]): row["tokens_per_s"] for row in paper()[TABLE_4]}
-    lines: dict[str, dict[str, str]] = {}
-    for arm, setting in (PARTS | {PAPERS: "SpecExtend"}).items():
-        line = lines[setting.replace("Standard+", "+ ").replace("SpecExtend", "all parts (table 2)")] = {}
-        for length in ("1K", "2K", "4K", "8K"):
-            ours = interval(np.array([found[arm] / found[STANDARD] for at, found in whole if at == length]))
-            if setting != "SpecExtend":
-                line[f"{length}: paper"] = f"{papers[setting, length] / papers['Standard', length]:.2f}"
-            else:
-                before, after = (_rows_of_table_2("vicuna_68m")[length, is_ours] for is_ours in (False, True))
-                line[f"{length}: paper"] = f"{after['tokens_per_s'] / before['tokens_per_s']:.2f}"
-            line[f"{length}: ours"] = f"{ours.mean:.2f} [{ours.low:.2f}, {ours.high:.2f}]"
-    return lines_of(lines, "over standard")
 
 
 def _judge_long(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
@@ -419,7 +400,8 @@ def _judge_long(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         f"The paper reports {says['eagle3']['tau']} → {says['eagle3_specextend']['tau']} accepted and {theirs:.2f} "
         f"times the speed, over a full cache with dense attention; here it is {plain['accepted']['mean']:.2f} → "
         f"{ours['accepted']['mean']:.2f} and {times:.2f} times, over fast attention. Most of these answers end in a "
-        f"loop, which small drafts like. Accepted by output token:\n\n{by_output(panels)}"
+        f"loop, which small drafts like. Accepted by output token, up to {STRETCHES[1]:,}, {STRETCHES[2]:,} and "
+        f"{STRETCHES[3]:,}: {by_output(panels)}."
     )
 
 
@@ -427,29 +409,33 @@ STRETCHES = (0, 1000, 4000, 8000)
 
 
 def by_output(panels: Sequence[Panel]) -> str:
-    """Draft tokens accepted per round by position in the output, all prompts together, arms in columns."""
-    lines: dict[str, dict[str, str]] = {f"{low} to {high}": {} for low, high in pairwise(STRETCHES)}
+    """Draft tokens accepted per round by position in the output, all prompts together."""
+    said = []
     for arm, name in ARMS.items():
-        accepted = [panel.arms[arm].accepted for panel in panels if arm in panel.arms]
-        if not accepted:
-            continue
-        for (low, high), line in zip(pairwise(STRETCHES), lines.values(), strict=True):
+        answers = [panel.arms[arm].accepted for panel in panels if arm in panel.arms]
+        means = []
+        for low, high in pairwise(STRETCHES):
             inside = [
                 kept
-                for rounds in accepted
+                for rounds in answers
                 for kept, at in zip(rounds, accumulate((kept + 1 for kept in rounds), initial=0), strict=False)
                 if low <= at < high
             ]
-            line[name] = cell(sum(inside) / len(inside))
-    return lines_of(lines, "output tokens")
+            means.append(cell(sum(inside) / len(inside)) if inside else "")
+        if answers:
+            said.append(f"{name} {', '.join(means)}")
+    return "; ".join(said)
 
 
 def _judge_bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    full, ours = (_row(rows, arm, "16K", 0.8)["accepted"]["mean"] for arm in (FULL, PAPERS))
+    sampled = [row for row in pooled(figures_of(panels)) if row["temperature"] == 0.8]
+    full, ours, priced = (_row(sampled, arm, "16K", 0.8) for arm in (FULL, PAPERS, PRICED))
+    few, many = (choose(row["prompts"] for row in sampled) for choose in (min, max))
     return (
-        "An EAGLE-1 head that reads the target's features loses less with a full cache than a small language model; a "
-        f"small cache gives it {ours / full:.1f} times as much at 16K. Beside the paper's rows with an EAGLE head "
-        f"(GovReport, temperature 0):\n\n{_beside(panels, _rows_of_table_2('eagle'), ('1K', '2K', '4K', '8K'))}"
+        "An EAGLE-1 head that reads the target's features loses less with a full cache than a small language model; at "
+        f"16K and temperature 0.8 a small cache gives it {ours['accepted']['mean'] / full['accepted']['mean']:.1f} "
+        f"times as much, and decodes at {_speed(ours)} of AR, with priced trees at {_speed(priced)} ({few} to {many} "
+        "prompts per length)."
     )
 
 
@@ -496,18 +482,31 @@ CLASSIC = tuple(f"h200/classic/classic_{lengths}.jsonl" for lengths in ("512", "
 CHAPTERS = (
     Chapter(
         "A published model with an EAGLE-3 head", _published("eagle3"), {"smollm2_eagle3_t0.7": 0.7},
-        _judge_published_third,
+        _judge_published,
+        beside=Beside(
+            "the paper's table 5 (Llama-3.1-8B with an EAGLE-3 head)", partial(table_5, "eagle3"),
+            ("h200/smollm2/smollm2_eagle3_standard.jsonl",),
+        ),
     ),
     Chapter("The same with an EAGLE-1 head", _published("eagle1"), {}, _judge_published, (0.7,)),
     Chapter(
         "The bundled pair at the size of Vicuna-7B and 68M", CLASSIC, {"classic_t0.8": 0.8}, _judge_bundled,
+        beside=Beside("the paper's table 2 (Vicuna-7B with Vicuna-68M)", partial(table_2, "vicuna_68m")),
         beside_vllm=True,
     ),
-    Chapter("Each part alone", ("h200/classic/ablation.jsonl", *CLASSIC[1:3]), {}, _judge_parts, ()),
+    Chapter(
+        "Each part alone, other methods, the working cache",
+        (*(f"h200/classic/{name}.jsonl" for name in ("ablation", "rivals", "sweep")), *CLASSIC[1:]), {}, _judge_tables,
+        (),
+    ),
     Chapter(
         "The bundled target with its EAGLE-1 head at that size",
         ("h200/eagle1/eagle1_1K_4K.jsonl", "h200/eagle1/eagle1_2K_8K.jsonl", "h200/eagle1/eagle1_16K.jsonl"), {},
-        _judge_bundled_head, (0.8,),
+        _judge_bundled_head, (),
+        Beside(
+            "the paper's rows with an EAGLE head (table 2, Vicuna-7B)", partial(table_2, "eagle"),
+            ("h200/eagle1/eagle1_standard.jsonl",),
+        ),
     ),
     Chapter("Long answers, with an EAGLE-3 head", ("h200/aime/aime24_eagle3.jsonl",), {}, _judge_long),
     Chapter(
@@ -563,21 +562,20 @@ def _quotations(results: Path) -> Iterator[str]:
     lines: dict[str, dict[str, str]] = {}
     for _, content in read_documents(results, "quotations_*.json"):
         frame = frame_of_scores(content["records"])
-        for kind in (FORCED, FREE):
-            name = f"{Path(content['setting']['draft']).name}, {frame['length'].iloc[0]}, answer {kind}"
-            lines[name] = {"prompts": str(frame["sample"].nunique())} | acceptance(frame[frame["answer"] == kind])
+        name = f"{Path(content['setting']['draft']).name}, {frame['length'].iloc[0]}"
+        lines[name] = {"prompts": str(frame["sample"].nunique())} | acceptance(frame[frame["answer"] == FORCED])
     if lines:
         yield (
             "## Where retrieval wins, and where it does not\n\nOn summaries retrieval and a window of the same size "
             "tie. Here the answer refers back: quote a paragraph, continue one, find a needle, at five depths of the "
-            "document; answers are forced to be the true ones, or the model's own (SmolLM2, float16, temperature 0; "
-            "accepted drafts per round, and CMR less window with 95 % interval):"
+            "document, and is forced to be the true one (SmolLM2, float16, temperature 0; accepted drafts per round, "
+            "and CMR less window with 95 % interval):"
         )
         yield lines_of(lines, "head, length")
         yield (
             "With 8 chunks and the true answer retrieval gains a little, most for EAGLE-3 and for needles, far from "
-            "the 1.5 times that was hoped for; on the model's own answers it gains nothing. A model of 135M rarely "
-            "quotes what it is asked to quote. Prompt lookup is the best draft of such text. By depth and task: "
+            "the 1.5 times that was hoped for; on the model's own answers, which rarely quote what they are asked to, "
+            "it gains nothing. Prompt lookup is the best draft of such text. By depth and task, and answered freely: "
             "[quotations](tables/quotations.md)."
         )
 

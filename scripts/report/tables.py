@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from scripts.report import quotations, story
-from scripts.report.gpu import policy_reports, slot_reports, step_reports
+from scripts.report.gpu import reports as gpu_reports
 from scripts.report.markdown import Column, cell, markdown, table_of
 from scripts.report.page import html_report
 from scripts.report.paper import analysis_tables, needle_table, tables_beside
@@ -157,7 +157,7 @@ def document_pages(results: Path) -> dict[str, str]:
         "analyses": ("# Analyses", analysed),
         "quotations": ("# Answers that refer back", quoted),
         "policy_h200": ("# Priced trees beside fixed ones", [*story.fixed_trees(results)]),
-        "gpu": ("# What a round costs", [*step_reports(results), *slot_reports(results), *policy_reports(results)]),
+        "gpu": ("# What a round costs", gpu_reports(results)),
     }
     return {
         f"tables/{name}.md": "\n\n".join([title, WRITTEN, *sections]) + "\n"

@@ -79,8 +79,9 @@ def test_gpu_measures_arms_beside_each_other_and_ends_in_their_pages(tmp_path):
     records = [Path(flag(line, "--output_file")).relative_to(tmp_path / "out").as_posix() for line in measured]
     assert len(set(records)) == len(records) and {Path(one).parent.name for one in records} == {
         path.name for path in (ROOT / "results" / "h200").iterdir() if path.is_dir() and path.name != "logs"
-    } - {"ablation_4k"}
-    assert all("specextend:tree=price" in line for line in measured if "ablation" not in line)
+    } - {"fast_4k"}
+    apart = ("ablation", "rivals", "sweep")
+    assert all("specextend:tree=price" in line for line in measured if not any(name in line for name in apart))
     assert program(lines[-1]).name == "evidence.py"
     _, error, status = commands_of("gpu", "--ray", DATA=tmp_path)
     assert status == 2 and error.count("\n") == 1 and "one process" in error
