@@ -311,9 +311,9 @@ def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         f"{_row(rows, PRICED, length, 0.0)['decode_tokens_per_s']:,.0f}" for length in ("1K", "4K", "16K")
     )
     return (
-        "From 2K on standard decoding is slower than AR, since dense attention writes all scores down; fast attention "
-        "mends that, and a small draft cache nearly doubles what is accepted at 2K and more than doubles it from 4K "
-        "on. Priced trees gain most where the draft is good: at temperature 0 they decode "
+        "At 2K standard decoding is level with AR and from 4K on slower, since dense attention writes all scores down; "
+        "fast attention mends that, and a small draft cache nearly doubles what is accepted at 2K and more than "
+        "doubles it from 4K on. Priced trees gain most where the draft is good: at temperature 0 they decode "
         f"{speeds} tokens/s at 1K, 4K and 16K.\n"
         "Which fixed tree is best depends on text and temperature, and nobody knows it before. Priced trees find "
         f"their own bounds: {min(ratios):.2f} to {max(ratios):.2f} of the best of three fixed trees in each of these "
