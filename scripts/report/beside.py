@@ -24,10 +24,8 @@ RIVALS = {  # an arm, its name in the paper's table 3 and here
     ALONE: ("FlashDecoding", "AR, ours (the paper's: FlashDecoding)"),
     "triforce": ("TriForce", "TriForce"),
     "magicdec": ("MagicDec", "MagicDec"),
-    "prompt_lookup": ("", "prompt lookup"),
     STANDARD: ("Standard", "standard"),
     PAPERS: ("Standard+SpecExtend", "SpecExtend"),
-    PRICED: ("", "SpecExtend, priced trees"),
 }
 CACHE = 1024  # tokens of the working cache where chunks of other sizes fill it
 
@@ -103,7 +101,7 @@ def beside_table_3(panels: Sequence[Panel]) -> str:
     return lines_of(
         {
             name: {
-                length: f"{cell(speeds.get((method, length))) or '–'}; {shown(_mean_ratio(whole, length, arm, NAIVE))}"
+                length: f"{speeds[method, length]:.2f}; {shown(_mean_ratio(whole, length, arm, NAIVE))}"
                 for length in sorted({length for length, _ in whole}, key=nominal_tokens)
             }
             for arm, (method, name) in RIVALS.items()

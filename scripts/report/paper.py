@@ -172,7 +172,7 @@ def _arrow(before: float | None, after: float | None) -> str:
 
 
 def needle_table(content: dict[str, Any]) -> str:
-    """Table 1: accuracy and perplexity on the needle's tokens, and what Cross-model Retrieval gains."""
+    """Table 1: accuracy and perplexity on the needle's tokens."""
     shares = needle_shares(content["records"], ["length"])
     lengths = list(shares["length"].unique())
     ours = shares.set_index(["cache", "length"])
@@ -183,10 +183,19 @@ def needle_table(content: dict[str, Any]) -> str:
         lines[name] = {"paper: accuracy": cell(accuracy, 3), "paper: perplexity": cell(perplexity)}
         lines[name] |= {f"ours, {at}: accuracy": cell(ours["accuracy"][kind, at], 3) for at in lengths}
         lines[name] |= {f"{at}: perplexity": cell(ours["perplexity"][kind, at]) for at in lengths}
-    gains = [", ".join(_times(ours["accuracy"], at, other) for other in ("streaming", "full")) for at in lengths]
-    said = "; ".join(f"{length}: {gain}" for length, gain in zip(lengths, gains, strict=True))
+    return lines_of(lines, "cache")
+
+
+def needle_gains(content: dict[str, Any]) -> str:
+    """What Cross-model Retrieval gains, in a sentence."""
+    shares = needle_shares(content["records"], ["length"])
+    accuracy = shares.set_index(["cache", "length"])["accuracy"]
+    said = [
+        f"{at}: {', '.join(_times(accuracy, at, other) for other in ('streaming', 'full'))}"
+        for at in shares["length"].unique()
+    ]
     note = "Accuracy of Cross-model Retrieval over StreamingLLM's, and over the full cache's, at"
-    return f"{lines_of(lines, 'cache')}\n\n{note} {said}."
+    return f"{note} {'; '.join(said)}."
 
 
 def _times(accuracy: pd.Series, length: str, other: str) -> str:

@@ -69,8 +69,8 @@ NOT_REPRODUCED = (
 )
 THREATS = (
     "The targets are small (135M and 14M parameters); widening keeps their tokens and adds the cost of 7B and 8B. How "
-    "often a large model's draft is right is another matter.",
-    "EAGLE heads were trained here, on at most 1,024 tokens of context, and agree with their target on AGREE_1 "
+    "often a large model's draft is right is another matter. EAGLE heads were trained here, on at most 1,024 tokens of "
+    "context, and agree with their target on AGREE_1 "
     "(EAGLE-1) and AGREE_3 (EAGLE-3) of its own text.",
     "16 to 30 prompts per length from three data sets (12 to 17 with the bundled EAGLE-1 head, 7 and 9 with the random "
     "draft, 7 for the working cache, 4 for long answers and each part alone, 1 beside other methods), one run each; "
@@ -78,8 +78,7 @@ THREATS = (
     "Greedy text of small models repeats itself, which flatters drafts and the looked-up branch most: read 0.7 and 0.8 "
     "first. Pages show every cell again without looping answers.",
     "In float16 some answers part from AR at a near-tie; the pages say at which distance. In float32 tests demand "
-    "equality.",
-    "CPU figures come from two cores of a shared machine, whose speed moves by a fifth between two runs.",
+    "equality. CPU figures come from two cores of a shared machine, whose speed moves by a fifth between two runs.",
 )
 
 
@@ -108,6 +107,7 @@ class Chapter:
         judge: sentences out of the rows of all data sets together.
         temperatures: those that have a table of all arms here; None: all. Without any, journals may differ in arms.
         beside: a table of the paper.
+        again: a journal of the same prompts at another time.
         beside_vllm: vLLM has decoded this pair on such a machine, too; the README shows the lengths of both.
     """
 
@@ -117,11 +117,13 @@ class Chapter:
     judge: Callable[[Sequence[Panel], Sequence[Row]], str]
     temperatures: tuple[float, ...] | None = None
     beside: Beside | None = None
+    again: str = ""
     beside_vllm: bool = False
 
     @property
     def all_journals(self) -> tuple[str, ...]:
-        return self.journals + (self.beside.journals if self.beside else ())
+        others = (self.beside.journals if self.beside else ()) + ((self.again,) if self.again else ())
+        return self.journals + others
 
 
 def sections(results: Path) -> Iterator[str]:
@@ -150,9 +152,10 @@ def sections(results: Path) -> Iterator[str]:
             f"![{chapter.title}: acceptance and decoding speed-up by length](figures/{figure}.svg)"
             for figure in chapter.figures
         ]
-        yield "\n".join([*drawn, chapter.judge(panels, rows)])
-        if chapter.beside:
-            yield from _beside(results, chapter.beside, panels)
+        again = [measured_before(results, chapter)] if chapter.again else []
+        said, *tables = _beside(results, chapter.beside, panels) if chapter.beside else [""]
+        yield "\n".join(filter(None, [*drawn, chapter.judge(panels, rows), *again, said]))
+        yield from tables
     yield from _quotations(results)
 
 
@@ -284,8 +287,8 @@ def _judge_published(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
-def _beside(results: Path, beside: Beside, panels: Sequence[Panel]) -> Iterator[str]:
-    """The paper's table with ours, and how far two measurements of the same prompts are apart."""
+def _beside(results: Path, beside: Beside, panels: Sequence[Panel]) -> tuple[str, str]:
+    """What is said of the paper's table with ours, how far two measurements are apart with it; and that table."""
     again = ""
     if beside.journals:
         _, other = _read(results, beside.journals)
@@ -295,8 +298,8 @@ def _beside(results: Path, beside: Beside, panels: Sequence[Panel]) -> Iterator[
             f"from what stands above (median of the {prompts} answers that both have, at most {most:.0%})."
         )
         panels = other
-    yield f"Beside {beside.table}, standard → SpecExtend, GovReport, temperature 0.{again}"
-    yield beside_standard(panels, beside.papers())
+    said = f"Beside {beside.table}, standard → SpecExtend, GovReport, temperature 0, means of the prompts' own ratios."
+    return said + again, beside_standard(panels, beside.papers())
 
 
 def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
@@ -324,6 +327,18 @@ def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
+def measured_before(results: Path, chapter: Chapter) -> str:
+    """What priced trees gained at the highest temperature when the same prompts were measured at another time."""
+    _, panels = _read(results, (chapter.again,))
+    rows = [row for row in pooled(figures_of(panels)) if row["arm"] == PRICED]
+    highest = max(row["temperature"] for row in rows)
+    there = sorted(
+        (row for row in rows if row["temperature"] == highest), key=lambda row: nominal_tokens(row["length"])
+    )
+    said = ", ".join(f"{_speed(row)} at {row['length']}" for row in there)
+    return f"Measured at another time, the same prompts gave priced trees {said}: machines have moods."
+
+
 def over_fixed(rows: Sequence[Row], length: str, temperature: float, kind: str) -> float:
     """Speed of priced trees over the best fixed tree's: "mean" of the prompts' own, or of the "total"."""
     fixed = max(_row(rows, arm, length, temperature)["speedup_decode"][kind] for arm in FIXED)
@@ -342,16 +357,21 @@ def alternating(panels: Sequence[Panel], arm: str, length: str) -> float:
 
 def fixed_trees(results: Path) -> Iterator[str]:
     """Sections of a page of its own, priced trees beside fixed ones; nothing where no such journals are there."""
-    chapter = next(chapter for chapter in CHAPTERS if chapter.judge is _judge_bundled)
-    if chapter not in told(results):
-        return
-    manifest, panels = read_chapter(results, chapter)
-    yield (
-        f"{_about(manifest, panels)}\n\nDecoding over AR, mean of the prompts' own ratios, at temperature 0.8 and 0: "
-        "three trees of fixed bounds (50 nodes) and priced ones. *Alternating*: the prompts that were answered at both "
-        "temperatures in turns, all tokens over all seconds, priced trees over the best of the fixed.\n\n"
-        f"{beside_fixed(panels, rows_of(chapter, panels))}"
-    )
+    chapters = {chapter.judge: chapter for chapter in told(results)}
+    if chapter := chapters.get(_judge_bundled):
+        manifest, panels = read_chapter(results, chapter)
+        yield (
+            f"{_about(manifest, panels)}\n\nDecoding over AR, mean of the prompts' own ratios, at temperature 0.8 and "
+            "0: three trees of fixed bounds (50 nodes) and priced ones. *Alternating*: the prompts that were answered "
+            "at both temperatures in turns, all tokens over all seconds, priced trees over the best of the fixed.\n\n"
+            f"{beside_fixed(panels, rows_of(chapter, panels))}"
+        )
+    if chapter := chapters.get(_judge_hard):
+        _, panels = read_chapter(results, chapter)
+        yield (
+            "What is hard for priced trees, the same target: a draft of random weights, and answers of 16 tokens; "
+            f"decoding over AR, and drafts accepted per round.\n\n{hard_for_trees(panels)}"
+        )
 
 
 def beside_fixed(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
@@ -376,12 +396,12 @@ def _judge_tables(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         f"standard (4 prompts per length):\n\n{beside_table_4(panels)}\n\n"
         "Each part alone mends one thing, reading the prompt, verification or the draft, and the others then cost as "
         "much as before; here standard is captured in CUDA graphs, so that dense attention is nearly all it costs. "
-        "From 4K on all parts together gain more than the parts' gains multiplied.\n\n"
+        "From 4K on all parts together gain more than the parts' gains multiplied.\n"
         f"Table 3, other methods over transformers' eager decoding (one prompt per length):\n\n"
         f"{beside_table_3(panels)}\n\n"
-        "Nearly all is won before anything is speculated: our loop is captured in CUDA graphs, Hugging Face's is not. "
+        "Most is won before anything is speculated: our loop is captured in CUDA graphs, Hugging Face's is not. "
         "MagicDec and TriForce draft with the large target itself, whose weights cost as much for a draft as for a "
-        "token; TriForce's draft cannot be captured.\n\n"
+        "token; TriForce's draft cannot be captured.\n"
         f"Table 8, the draft's working cache at 8K ({len(sweep)} prompts; decoding, the paper's end to end):\n\n"
         f"{beside_table_8(sweep)}\n\n"
         f"Only the size matters, as in the paper: 64 tokens accept {small:.2f} drafts a round, 1,024 {trained:.2f}, "
@@ -440,37 +460,51 @@ def _judge_bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
 
 
 def _judge_hard(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    lines, cells = {}, []
+    cells = [row for _, there in _kinds_of_hard(panels) for row in there]
+    priced = [row["speedup_decode"] for row in cells if row["arm"] in (PRICED, FULL_PRICED)]
+    fixed = min(row["speedup_decode"]["mean"] for row in cells if row["arm"] == PAPERS)
+    return (
+        f"A draft with random weights: the paper's tree decodes at down to {fixed:.2f} of AR, a priced tree stops "
+        f"drafting (means of {min(one['mean'] for one in priced):.2f} of AR and more, single prompts of "
+        f"{min(one['smallest'] for one in priced):.2f} and more), and the looked-up branch still gains where text "
+        "repeats its input. An answer of 16 tokens ends before much is learned of its prompt, and gains none the less "
+        "([table](tables/policy_h200.md))."
+    )
+
+
+def _kinds_of_hard(panels: Sequence[Panel]) -> Iterator[tuple[str, list[Row]]]:
+    """Of a draft that knows nothing and of short answers: their name and their figures."""
     for name, short in (("random draft", False), ("answers of 16 tokens", True)):
-        there = [panel for panel in panels if (FULL_PRICED not in panel.arms) == short]
-        cells += (rows := pooled(figures_of(there)))
+        yield name, pooled(figures_of([panel for panel in panels if (FULL_PRICED not in panel.arms) == short]))
+
+
+def hard_for_trees(panels: Sequence[Panel]) -> str:
+    """A draft that knows nothing, and short answers, by length."""
+    lines = {}
+    for name, rows in _kinds_of_hard(panels):
         for length, line in _cells(rows, 0.8, _both).items():
             lines[f"{name}, {length}"] = {"prompts": line.pop("prompts"), "AR": line.pop("AR")} | {
                 of: line.get(of, "–") for arm, of in ARMS.items() if arm in (PAPERS, FULL_PRICED, PRICED)
             }
-    priced = [row["speedup_decode"] for row in cells if row["arm"] in (PRICED, FULL_PRICED)]
-    fixed = min(row["speedup_decode"]["mean"] for row in cells if row["arm"] == PAPERS)
-    return (
-        f"{lines_of(lines, 'temperature 0.8')}\n\nA draft with random weights: the paper's tree decodes at down to "
-        f"{fixed:.2f} of AR, a priced tree stops drafting (means of {min(one['mean'] for one in priced):.2f} of AR and "
-        f"more, single prompts of {min(one['smallest'] for one in priced):.2f} and more), and the looked-up branch "
-        "still gains where text repeats its input. A short answer ends before much is learned of its prompt."
-    )
+    return lines_of(lines, "temperature 0.8")
 
 
 def _judge_cpu(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     least = min(row["speedup_decode"]["smallest"] for row in rows if row["arm"] == PRICED)
+    greedy = [_row(rows, PRICED, length, 0.0)["speedup_decode"]["mean"] for length in ("512", "1K", "4K", "8K", "16K")]
     return (
-        "Where every node of a tree costs time, the tree has to earn it: fixed trees, the paper's most of all, are "
-        f"slower than AR at temperature 0.8. Single prompts can still lose: the slowest decodes at {least:.2f} of AR."
+        "Where every node of a tree costs time, the tree has to earn it: at temperature 0.8 fixed trees are slower "
+        "than AR, priced ones level with it or a little faster, and single prompts can lose: the slowest decodes at "
+        f"{least:.2f} of AR. At temperature 0 they decode at {min(greedy):.2f} to {max(greedy):.2f} of it."
     )
 
 
 def _judge_published_cpu(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     least = min(row["speedup_decode"]["smallest"] for row in rows if row["arm"] == PRICED)
+    whole = [_row(rows, "standard:tree=price", "2K", temperature)["speedup"]["mean"] for temperature in (0.7, 0.0)]
     return (
-        f"Every answer is AR's, token for token. The slowest prompt decodes at {least:.2f} of AR; reading 2K with "
-        "dense attention costs standard more than its trees can earn."
+        f"Every answer is AR's, token for token. The slowest prompt decodes at {least:.2f} of AR. Reading 2K with "
+        f"dense attention costs standard more than its trees earn: {whole[0]:.2f} and {whole[1]:.2f} of AR end to end."
     )
 
 
@@ -518,7 +552,7 @@ CHAPTERS = (
     ),
     Chapter(
         "The bundled pair on two CPU cores", ("cpu/policy/policy.jsonl", "cpu/policy/policy_8K_16K.jsonl"), {},
-        _judge_cpu, (0.8,),
+        _judge_cpu, (0.8,), again="cpu/policy/policy_first.jsonl",
     ),
 )  # fmt: skip
 

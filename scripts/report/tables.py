@@ -22,7 +22,7 @@ from scripts.report import quotations, story
 from scripts.report.gpu import reports as gpu_reports
 from scripts.report.markdown import Column, cell, markdown, table_of
 from scripts.report.page import html_report
-from scripts.report.paper import analysis_tables, needle_table, tables_beside
+from scripts.report.paper import analysis_tables, needle_gains, needle_table, tables_beside
 from scripts.report.quotations import frame_of_scores
 from scripts.report.records import (
     PAIR,
@@ -141,7 +141,7 @@ def full_report(records: pd.DataFrame, results: Path, pages: Iterable[str]) -> s
     told = list(story.sections(results))
     parts = ["# Results", WRITTEN, *(told or [LEGEND, "## At a glance", short_report(records)])]
     parts += [f"## Beside vLLM\n\n{section}" for section in vllm_reports(results)]
-    parts += document_sections(results, "Needles", "needle.json", lambda content: [NEEDLES, needle_table(content)])
+    parts += document_sections(results, "Needles", "needle.json", _needles)
     parts += story.threats() if told else []
     parts.append(f"Further pages: {', '.join(f'[{Path(page).stem}]({page})' for page in pages)}.")
     return "\n\n".join(parts) + "\n"
@@ -163,6 +163,10 @@ def document_pages(results: Path) -> dict[str, str]:
         f"tables/{name}.md": "\n\n".join([title, WRITTEN, *sections]) + "\n"
         for name, (title, sections) in pages.items() if sections
     }  # fmt: skip
+
+
+def _needles(content: dict) -> list[str]:
+    return [f"{NEEDLES} {needle_gains(content)}", needle_table(content)]
 
 
 def _quoted(content: dict) -> list[str]:
