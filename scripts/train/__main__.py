@@ -1,8 +1,9 @@
-"""Train the bundled models, or EAGLE heads for any target of the Llama family; measure; write a model card.
+"""Train the bundled models, EAGLE heads for any target of the Llama family, or a target at more positions.
 
     python -m scripts.train --target MODEL --what both --corpus DIR_OR_FILES --out DIR     # docs/train_a_head.md
     python -m scripts.train --corpus DIR_OR_FILES --out DIR      # the bundled pair; --hub: PG-19 and GovReport
     python -m scripts.train --what both --corpus DIR_OR_FILES --out DIR    # heads of the pair's target in DIR
+    python -m scripts.train --target MODEL --what longer --long_context 65536 --corpus DIR_OR_FILES --out DIR
 
 Stages whose output exists are skipped, and an interrupted training goes on from its last checkpoint (DIR/work).
 `--smoke` runs every stage with real shapes for a few seconds. The last line printed is a JSON summary.
@@ -21,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from eagle.weights import save_head
@@ -44,7 +45,9 @@ from scripts.train.heads import draft_vocabulary, feature_layers, head_agreement
 from scripts.train.models import (
     CACHED,
     CAUSAL,
+    ENDS,
     draft_config,
+    lengthened,
     load_any_target,
     load_model,
     new_model,
@@ -193,24 +196,39 @@ def train_target(run: Run) -> None:
     """Stage `target`: short rows first, then rows of the full context."""
     settings = run.settings
     model = new_model(target_config(settings), run.device, settings.seed)
-    rows = run.rows(settings.seed + 1, Mix())
-    windows = {length: run.windows(length + 1) for length in (settings.short_context, settings.long_context)}
+    phases = [
+        Phase("short", 1 - settings.long_fraction, settings.short_batch, settings.short_context),
+        Phase("long", 1.0, settings.long_batch, settings.long_context),
+    ]
+    task = text_task(run, model, phases, ENDS)
+    train(run, "target", model, task, phases, settings.target_seconds)
+
+
+def train_longer(run: Run) -> None:
+    """Stage `longer`: a target's weights learn on, on rows of more tokens than it had positions."""
+    settings = run.settings
+    target = run.load_target(attention=CAUSAL).target
+    model = lengthened(target, settings.long_context)
+    phases = [Phase("longer", 1.0, settings.long_batch, settings.long_context)]
+    task = text_task(run, model, phases, target.generation_config)
+    train(run, "longer", model, task, phases, settings.target_seconds)
+
+
+def text_task(run: Run, model: LlamaForCausalLM, phases: list[Phase], ends: GenerationConfig) -> Task:
+    """To foretell the corpus, with everything planted in it, in rows of these phases."""
+    rows = run.rows(run.settings.seed + 1, Mix())
+    windows = {phase.context: run.windows(phase.context + 1) for phase in phases}
 
     def draw(phase: Phase) -> tuple[Tensor, Tensor]:
         tokens, kinds = rows.draw(phase.batch, phase.context + 1)
         return run.to_device(tokens), run.to_device(kinds)
 
-    task = Task(
+    return Task(
         draw=draw,
-        loss=run.compiled(target_objective(model, settings.unlikelihood_weight)),
+        loss=run.compiled(target_objective(model, run.settings.unlikelihood_weight)),
         validate=lambda phase: {"loss": validation_loss(model, windows[phase.context])},
-        save=lambda: save_model(model, run.layout.tokenizer, run.layout.target),
+        save=lambda: save_model(model, run.layout.tokenizer, run.layout.target, ends),
     )
-    phases = [
-        Phase("short", 1 - settings.long_fraction, settings.short_batch, settings.short_context),
-        Phase("long", 1.0, settings.long_batch, settings.long_context),
-    ]
-    train(run, "target", model, task, phases, settings.target_seconds)
 
 
 def train_draft(run: Run) -> None:
@@ -444,6 +462,7 @@ HEADS = ("eagle1", "eagle3")
 STAGE_FUNCTIONS = {
     "tokenizer": prepare_tokens,
     "target": train_target,
+    "longer": train_longer,
     "draft": train_draft,
     "measure": measure_pair,
     "answers": write_answers,
@@ -480,13 +499,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="real shapes, seconds per stage, a slice of the corpus")
-    parser.add_argument("--target", default="", help="whose heads are trained: preset, directory, GGUF file or hub id")
+    parser.add_argument(
+        "--target",
+        default="",
+        help="whose heads are trained, or that learns on: preset, directory, GGUF file or hub id",
+    )
     for field in dataclasses.fields(Settings)[1:]:
         parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=f"({field.default})")
     args = parser.parse_args()
     args.what = args.what or ["both" if args.target else "pair"]
     if args.target and "pair" in args.what:
-        parser.error("--target has its weights already; ask for --what eagle1, eagle3 or both")
+        parser.error("--target has its weights already; ask for --what eagle1, eagle3, both or longer")
+    if "longer" in args.what and not args.target:
+        parser.error("--what longer needs --target, whose weights learn on")
     return args
 
 

@@ -6,16 +6,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from scripts.train.corpus import BOS_ID, EOS_ID
-from scripts.train.settings import Settings
+from scripts.train.settings import Settings, TrainingError
 from specextend.modeling.packed import PackedLinear
 from specextend.models.loading import LoadedModels, load_models
 
 # Not known to transformers' mask interface, so the model builds no mask; right only for whole rows without a cache.
 CAUSAL = "bundled_causal"
 CACHED = "bundled_cached"
+ENDS = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=0)
 
 
 def causal_attention(
@@ -98,6 +106,25 @@ def new_model(config: LlamaConfig, device: torch.device, seed: int) -> LlamaForC
     return model.to(device)
 
 
+def lengthened(model: PreTrainedModel, positions: int) -> LlamaForCausalLM:
+    """A copy of `model` in float32 with room for `positions`, to be trained on: its linear RoPE grows with them."""
+    config, rope = model.config, model.config.rope_parameters
+    if config.model_type != "llama" or rope["rope_type"] not in ("default", "linear"):
+        kind = f"{config.model_type} with {rope['rope_type']} RoPE"
+        raise TrainingError(f"the target is a {kind}; --what longer takes Llamas with plain or linear RoPE")
+    if positions <= config.max_position_embeddings:
+        raise TrainingError(
+            f"--long_context {positions} must exceed the {config.max_position_embeddings} positions of the target"
+        )
+    factor = rope.get("factor", 1.0) * positions / config.max_position_embeddings
+    longer = LlamaConfig(**_plain(config))
+    longer.max_position_embeddings = positions
+    longer.rope_parameters = rope | {"rope_type": "linear", "factor": factor}
+    copy = AutoModelForCausalLM.from_config(longer, attn_implementation=CAUSAL, dtype=torch.float32)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.device)
+
+
 def load_model(
     folder: Path, device: torch.device, *, attention: str = CAUSAL, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
@@ -117,13 +144,17 @@ def load_any_target(name: str, device: torch.device, *, attention: str) -> Loade
     return loaded
 
 
-def save_model(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> None:
-    """Weights rounded to bfloat16, config and tokenizer, as plain `from_pretrained` reads them."""
+def save_model(model: LlamaForCausalLM, tokenizer: Path, folder: Path, ends: GenerationConfig = ENDS) -> None:
+    """Weights rounded to bfloat16, config and tokenizer, as plain `from_pretrained` reads them.
+
+    Args:
+        ends: names the tokens that begin and end a text.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     rounded = LlamaForCausalLM(LlamaConfig(**_plain(model.config))).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
-    rounded.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=0)
+    rounded.generation_config = ends
     rounded.save_pretrained(partial)
     for file in tokenizer.iterdir():
         shutil.copy(file, partial / file.name)

@@ -8,6 +8,7 @@ import numpy as np
 
 STAGES = {  # of each thing that can be trained
     "pair": ("tokenizer", "target", "draft", "measure"),
+    "longer": ("tokenizer", "longer"),
     "eagle1": ("tokenizer", "answers", "heads"),
     "eagle3": ("tokenizer", "answers", "heads"),
     "both": ("tokenizer", "answers", "heads"),
@@ -31,7 +32,7 @@ class TrainingError(Exception):
 class Settings:
     """Sizes, budgets in seconds and seeds of one run."""
 
-    target: str = ""  # whose heads are trained: a preset, directory, GGUF file or hub id; "": the one trained here
+    target: str = ""  # whose heads are trained, or that learns on: a preset, directory, GGUF file or hub id
     seed: int = 0
     vocab_size: int = 8192
     max_characters: int = 0  # of the corpus; 0 reads all of it

@@ -252,6 +252,32 @@ def test_heads_of_a_finished_target_take_its_tokenizer(run_script, trained: Path
     assert "eagle3" not in json.loads(done.stdout.splitlines()[-1])["finished"]
 
 
+def test_a_target_learns_on_at_more_positions(run_script, trained: Path, corpus: Path, tmp_path: Path) -> None:
+    given = ("--corpus", corpus, "--out", tmp_path / "out", "--target", trained / "target", "--what", "longer")
+    done = run_script(*given, "--long_context", 1024, "--target_seconds", 8)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["finished"] == ["tokenizer", "longer"]
+    before, longer = (AutoModelForCausalLM.from_pretrained(at) for at in (trained / "target", tmp_path / "out/target"))
+    assert longer.config.max_position_embeddings == 1024 == 2 * before.config.max_position_embeddings
+    assert longer.config.rope_parameters["factor"] == 2 * before.config.rope_parameters["factor"]
+    assert longer.generation_config.eos_token_id == before.generation_config.eos_token_id
+    assert not torch.equal(longer.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())["longer"]["training"]
+    first = record["curve"][0]
+    assert first["loss"] < np.log(TINY["vocab_size"]) and record["phases"]["longer"]["context"] == 1024
+    loaded = load_models(str(tmp_path / "out/target"), draft=str(trained / "draft"), device="cpu", dtype="float64")
+    engine = SpecExtend(loaded, SpecExtendConfig.specextend())
+    prompt = torch.randint(3, 300, (900,))
+    assert engine.generate(prompt, 24).token_ids == engine.autoregressive(prompt, 24).token_ids
+
+
+def test_a_target_that_holds_as_much_is_refused(run_script, trained: Path, corpus: Path, tmp_path: Path) -> None:
+    given = ("--corpus", corpus, "--out", tmp_path / "out", "--target", trained / "target", "--what", "longer")
+    done = run_script(*given, "--long_context", 512)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--long_context 512 must exceed the 512 positions of the target" in done.stderr
+
+
 def test_finished_stages_are_skipped_and_other_sizes_refused(
     run_script, trained: Path, corpus: Path, tmp_path: Path
 ) -> None:
