@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from scripts.report.arms import PAPERS, PARTS, PRICED, STANDARD
-from scripts.report.markdown import cell, lines_of
+from scripts.report.markdown import cell, lines_of, spread
 from scripts.report.paper import paper
 from specextend.data.prompts import nominal_tokens
 from specextend.evaluation.panel import Answer, Panel
@@ -49,11 +49,14 @@ def _by_length(rows: Iterable[Mapping[str, Any]]) -> Papers:
     return {(row["length"], row["specextend"]): row for row in rows}
 
 
+def _greedy(panels: Sequence[Panel]) -> list[Panel]:
+    """Those on GovReport at temperature 0, as most of the paper's tables are."""
+    return [panel for panel in panels if panel.data == "govreport" and panel.temperature == 0]
+
+
 def beside_standard(panels: Sequence[Panel], papers: Papers) -> str:
     """Standard and SpecExtend with the paper's tree on GovReport at temperature 0, at the lengths of both."""
-    here = [
-        panel for panel in panels if panel.data == "govreport" and panel.temperature == 0 and STANDARD in panel.arms
-    ]
+    here = [panel for panel in _greedy(panels) if STANDARD in panel.arms]
     lengths = {panel.bucket for panel in here} & {length for length, _ in papers}
     lines = {}
     for length in sorted(lengths, key=nominal_tokens):
@@ -88,10 +91,7 @@ def _speed(answer: Answer, speed: str) -> float:
 
 
 def shown(found: Interval) -> str:
-    """Mean and interval, as far as there are prompts."""
-    if not found.prompts:
-        return "–"
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]" if found.prompts > 1 else f"{found.mean:.2f}"
+    return spread(found.mean, found.low, found.high) if found.prompts else "–"
 
 
 def beside_table_3(panels: Sequence[Panel]) -> str:
@@ -133,11 +133,10 @@ def over_alone(panels: Sequence[Panel]) -> list[tuple[str, dict[str, float]]]:
     Arms that were measured in different processes stand beside AR each, and can so be compared.
     """
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for panel in panels:
-        if panel.data == "govreport" and panel.temperature == 0:
-            alone = panel.autoregressive.timing.tokens_per_s
-            speeds = {arm: answer.timing.tokens_per_s / alone for arm, answer in panel.arms.items()}
-            found.setdefault((panel.bucket, panel.prompt_sha256), {ALONE: 1.0}).update(speeds)
+    for panel in _greedy(panels):
+        alone = panel.autoregressive.timing.tokens_per_s
+        speeds = {arm: answer.timing.tokens_per_s / alone for arm, answer in panel.arms.items()}
+        found.setdefault((panel.bucket, panel.prompt_sha256), {ALONE: 1.0}).update(speeds)
     return [(length, speeds) for (length, _), speeds in found.items()]
 
 

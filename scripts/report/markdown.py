@@ -39,3 +39,8 @@ def cell(value: Any, digits: int = 2) -> str:
     if value is None or value != value:
         return ""
     return value if isinstance(value, str) else f"{value:,.{digits}f}".replace("inf", "∞")
+
+
+def spread(mean: float, low: float | None, high: float | None) -> str:
+    """A mean with its interval, as far as it has one."""
+    return cell(mean) if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"

@@ -30,7 +30,7 @@ from scripts.report.beside import (
 )
 from scripts.report.evidence import journals_in
 from scripts.report.evidence_plots import by_length
-from scripts.report.markdown import cell, lines_of
+from scripts.report.markdown import cell, lines_of, spread
 from scripts.report.paper import paper
 from scripts.report.quotations import FORCED, frame_of_scores
 from scripts.report.records import place_of, read_documents
@@ -239,7 +239,7 @@ def _both(row: Row) -> str:
 
 def _speed(row: Row) -> str:
     speed = row["speedup_decode"]
-    return f"{speed['mean']:.2f} [{speed['low']:.2f}, {speed['high']:.2f}]"
+    return spread(speed["mean"], speed["low"], speed["high"])
 
 
 def _about(manifest: dict[str, Any], panels: Sequence[Panel]) -> str:
