@@ -21,6 +21,8 @@ RETRIEVAL = RetrievalConfig(top_k=64, every_n_steps=8)  # the paper's for EAGLE 
 HEADS = {
     ("bundled", "eagle3"): str(presets.BUNDLED_DIR / "eagle3"),
     ("bundled", "eagle1"): str(presets.BUNDLED_DIR / "eagle1"),
+    ("bundled_128k", "eagle3"): str(presets.BUNDLED_DIR / "eagle3"),
+    ("bundled_128k", "eagle1"): str(presets.BUNDLED_DIR / "eagle1"),
     ("smollm2", "eagle3"): str(presets.HEADS_DIR / "smollm2" / "eagle3"),
     ("smollm2", "eagle1"): str(presets.HEADS_DIR / "smollm2" / "eagle1"),
     ("vicuna_7b", "eagle1"): "jycha-98/EAGLE-vicuna-7b-v1.5-16k",

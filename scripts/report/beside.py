@@ -1,4 +1,4 @@
-"""The paper's tables with ours beside them, from journals of several arms: tables 2 to 5 and 8."""
+"""The paper's tables with ours beside them, from journals of several arms: tables 2 to 6 and 8."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from scripts.report.arms import PAPERS, PARTS, PRICED, STANDARD
+from scripts.report.arms import FULL, PAPERS, PARTS, PRICED, STANDARD
 from scripts.report.markdown import cell, lines_of, spread
 from scripts.report.paper import paper
 from specextend.data.prompts import nominal_tokens
@@ -18,6 +18,7 @@ from specextend.evaluation.panel_figures import Interval, interval
 Papers = Mapping[tuple[str, bool], Mapping[str, Any]]  # a row of the paper by length and whether with SpecExtend
 TABLE_4 = "table4_ablation_govreport_vicuna_7b_68m"
 TABLE_5 = "table5_llama31_8b_govreport (rows whose digits are legible)"
+TABLE_6 = "table6_llama31_8b_eagle_pg19_long"
 TABLE_8 = "table8_tokens_per_s_govreport_8K"
 ALONE, NAIVE = "AR", "autoregressive_hf"
 RIVALS = {  # an arm, its name in the paper's table 3 and here
@@ -142,6 +143,24 @@ def over_alone(panels: Sequence[Panel]) -> list[tuple[str, dict[str, float]]]:
 
 def _mean_ratio(whole: Sequence[tuple[str, Mapping[str, float]]], length: str, arm: str, over: str) -> Interval:
     return interval(np.array([found[arm] / found[over] for at, found in whole if at == length]))
+
+
+def beside_table_6(panels: Sequence[Panel]) -> str:
+    """Inputs beyond 16K: accepted drafts, and decoding over AR, by length and temperature."""
+    papers = _by_length(paper()[TABLE_6])
+    lines: dict[str, dict[str, str]] = {}
+    cells = sorted({(panel.bucket, -panel.temperature) for panel in panels}, key=lambda at: (nominal_tokens(at[0]), at))
+    for length, negative in cells:
+        at = [panel for panel in panels if (panel.bucket, panel.temperature) == (length, -negative)]
+        theirs = [papers[length, ours]["tau"] for ours in (False, True) if (length, ours) in papers]
+        line = {"prompts": str(len(at)), "accepted: paper": " → ".join(f"{tau:.2f}" for tau in theirs)}
+        line["accepted: full cache → SpecExtend, priced trees"] = (
+            f"{cell(accepted(at, FULL))} → {cell(accepted(at, PAPERS))}, {cell(accepted(at, PRICED))}"
+        )
+        for arm, name in ((FULL, "full cache"), (PAPERS, "SpecExtend"), (PRICED, "priced trees")):
+            line[f"decoding over AR: {name}"] = shown(interval(np.array([_over_alone(panel, arm) for panel in at])))
+        lines[f"{length}, {-negative:g}"] = line
+    return lines_of(lines, "length, temperature")
 
 
 def beside_table_8(panels: Sequence[Panel]) -> str:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from scripts.report.evidence_plots import evidence_figures
 from scripts.report.markdown import lines_of
-from scripts.report.records import attempt, place_of
+from scripts.report.records import attempt, models_and_place
 from scripts.report.style import LAYOUT, save
 from specextend.cli import flags
 from specextend.data.prompts import nominal_tokens
@@ -127,8 +127,7 @@ def page_of(manifest: dict[str, Any], panels: Sequence[Panel], journal: Path) ->
     parts = [
         f"# {journal.stem}",
         f"Written by `scripts.report.evidence` from {journal.name}; do not edit.",
-        f"{setting['model']} with {setting['draft']}, {setting['dtype']}, "
-        f"{place_of(setting, manifest['environment'])}; AR on {setting['backend']}; "
+        f"{models_and_place(setting, manifest['environment'])}; AR on {setting['backend']}; "
         f"{', '.join(data)}; up to {setting['max_gen_len']} new tokens." + _eager(setting) + _clocks(panels),
         LEGEND + _few(rows),
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from scripts.report.records import place_of
+from scripts.report.records import models_and_place
 from scripts.report.style import note, shared_legend, styles_of
 from specextend.evaluation.panel import Panel
 from specextend.evaluation.panel_figures import figures_of, pooled
@@ -28,10 +28,7 @@ def evidence_figures(manifest: dict[str, Any], panels: Sequence[Panel]) -> Itera
     rows = pooled(figures_of(panels))
     for temperature in dict.fromkeys(row["temperature"] for row in rows):
         here = [row for row in rows if row["temperature"] == temperature]
-        title = (
-            f"{setting['model']} with {setting['draft']}, {setting['dtype']}, "
-            f"{place_of(setting, manifest['environment'])}; {data}; temperature {temperature:g}"
-        )
+        title = f"{models_and_place(setting, manifest['environment'])}; {data}; temperature {temperature:g}"
         yield f"arms_t{temperature:g}", by_length(here, methods, title)
 
 

@@ -30,6 +30,7 @@ FIGURES_BY = [*PART, "length", "method"]
 STANDARD, SPECEXTEND = "standard", "specextend"
 PAIR = (STANDARD, SPECEXTEND)
 LEADS = ["avg_accept_length", "speedup_decode", "speedup"]
+NAMED_SINCE = {"8cb513595f510320": "bundled_128k"}  # by their weights, models that were measured before they had a name
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, SpecExtendError)
 
 
@@ -110,6 +111,14 @@ def place_of(setting: dict[str, Any], environment: dict[str, Any]) -> str:
     hardware = environment["hardware"]
     cpu = f"{hardware['cpu']} with {environment['threads']} of {hardware['cores']} cores"
     return hardware["gpu"] if setting["device"] == "cuda" else cpu
+
+
+def models_and_place(setting: dict[str, Any], environment: dict[str, Any]) -> str:
+    """Target, draft, dtype and processor, as a title begins."""
+    model = setting["model"]
+    if name := NAMED_SINCE.get(setting.get("weights", {}).get("target", "")):
+        model = name + model.removeprefix(setting["target"].split(" widened")[0])
+    return f"{model} with {setting['draft']}, {setting['dtype']}, {place_of(setting, environment)}"
 
 
 def _workers(on_host: list[int]) -> str:
@@ -203,5 +212,4 @@ def read_documents(results: Path, name: str) -> Iterator[tuple[Path, dict[str, A
 
 def title_of_document(content: dict[str, Any]) -> str:
     setting = content["setting"]
-    models = f"{setting['model']} with {setting['draft']}, {setting['dtype']}"
-    return f"{models}, {place_of(setting, content['environment'])}; {setting['data']}"
+    return f"{models_and_place(setting, content['environment'])}; {setting['data']}"

@@ -6,6 +6,7 @@ Every number is computed from the journals; what a sentence claims beyond that, 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +17,15 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scripts.report.arms import ARMS, FIXED, FULL, FULL_PRICED, PAPERS, PRICED, STANDARD, WINDOW
+from scripts.report.arms import ARMS, FIXED, FULL, FULL_PRICED, PAPERS, PARTS, PRICED, STANDARD, WINDOW
 from scripts.report.beside import (
+    NAIVE,
     Papers,
     accepted,
     beside_standard,
     beside_table_3,
     beside_table_4,
+    beside_table_6,
     beside_table_8,
     measured_again,
     table_2,
@@ -33,7 +36,7 @@ from scripts.report.evidence_plots import by_length
 from scripts.report.markdown import cell, lines_of, spread
 from scripts.report.paper import paper
 from scripts.report.quotations import FORCED, frame_of_scores
-from scripts.report.records import place_of, read_documents
+from scripts.report.records import models_and_place, read_documents
 from scripts.report.vllm import autoregressive_rates
 from specextend.data.prompts import nominal_tokens
 from specextend.evaluation.panel import Panel
@@ -60,7 +63,7 @@ LEGEND = (
 
 NOT_REPRODUCED = (
     "**Retrieval against a window of the same size.** The paper's table 4 puts Cross-model Retrieval far above "
-    "StreamingLLM. Here the two tie on summaries with three drafts, two targets and 16 to 30 prompts per length; "
+    "StreamingLLM. Here the two tie on summaries with three drafts, two targets and 16 to 27 prompts per length; "
     "retrieval wins where a fact stands far back and the draft can use it (needles above), and a little on "
     "quotations. What mends the collapse is that the draft's cache is small.",
     "**All of the short prompt's acceptance.** At 8K retrieval keeps four fifths of it, not all.",
@@ -72,9 +75,9 @@ THREATS = (
     "often a large model's draft is right is another matter. EAGLE heads were trained here, on at most 1,024 tokens of "
     "context, and agree with their target on AGREE_1 "
     "(EAGLE-1) and AGREE_3 (EAGLE-3) of its own text.",
-    "16 to 30 prompts per length from three data sets (12 to 17 with the bundled EAGLE-1 head, 7 and 9 with the random "
-    "draft, 7 for the working cache, 4 for long answers and each part alone, 1 beside other methods), one run each; "
-    "answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
+    "16 to 27 prompts per length from three data sets (7 and 9 with the random draft, 7 for the working cache, 3 or 4 "
+    "for inputs beyond 16K, long answers, each part alone and other methods), one run each, with EAGLE-3 on the "
+    "published model two; answers of at most 200 tokens (8,000 the long ones). Intervals are over prompts.",
     "Greedy text of small models repeats itself, which flatters drafts and the looked-up branch most: read 0.7 and 0.8 "
     "first. Pages show every cell again without looping answers.",
     "In float16 some answers part from AR at a near-tie; the pages say at which distance. In float32 tests demand "
@@ -152,7 +155,7 @@ def sections(results: Path) -> Iterator[str]:
             f"![{chapter.title}: acceptance and decoding speed-up by length](figures/{figure}.svg)"
             for figure in chapter.figures
         ]
-        again = [measured_before(results, chapter)] if chapter.again else []
+        again = [measured_before(results, chapter, panels)] if chapter.again else []
         said, *tables = _beside(results, chapter.beside, panels) if chapter.beside else [""]
         yield "\n".join(filter(None, [*drawn, chapter.judge(panels, rows), *again, said]))
         yield from tables
@@ -245,9 +248,7 @@ def _speed(row: Row) -> str:
 def _about(manifest: dict[str, Any], panels: Sequence[Panel]) -> str:
     setting = manifest["setting"]
     data = ", ".join(dict.fromkeys(panel.data for panel in panels))
-    place = place_of(setting, manifest["environment"])
-    models = f"{setting['model']} with {setting['draft']}, {setting['dtype']}, {place}"
-    return f"{models}; {data}; up to {setting['max_gen_len']} new tokens."
+    return f"{models_and_place(setting, manifest['environment'])}; {data}; up to {setting['max_gen_len']} new tokens."
 
 
 def _loops(rows: Sequence[Row], temperature: float) -> str:
@@ -272,6 +273,7 @@ def kept(rows: Sequence[Row], arm: str, length: str, short: str, temperature: fl
 
 
 def _judge_published(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    rows = rows or pooled(figures_of(panels))
     at = [panel for panel in panels if panel.bucket == "8K" and panel.temperature == 0.7]
     tie = paired_difference(at, PAPERS, WINDOW, "accepted")
     full, ours, priced = (_row(rows, arm, "8K", 0.7) for arm in (FULL, PAPERS, PRICED))
@@ -327,16 +329,20 @@ def _judge_bundled(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
-def measured_before(results: Path, chapter: Chapter) -> str:
-    """What priced trees gained at the highest temperature when the same prompts were measured at another time."""
-    _, panels = _read(results, (chapter.again,))
-    rows = [row for row in pooled(figures_of(panels)) if row["arm"] == PRICED]
+def measured_before(results: Path, chapter: Chapter, panels: Sequence[Panel]) -> str:
+    """What priced trees gained when the same prompts were measured at another time, and how far prompts are apart."""
+    _, before = _read(results, (chapter.again,))
+    rows = [row for row in pooled(figures_of(before)) if row["arm"] == PRICED]
     highest = max(row["temperature"] for row in rows)
     there = sorted(
         (row for row in rows if row["temperature"] == highest), key=lambda row: nominal_tokens(row["length"])
     )
     said = ", ".join(f"{_speed(row)} at {row['length']}" for row in there)
-    return f"Measured at another time, the same prompts gave priced trees {said}: machines have moods."
+    answers, median, most = measured_again(before, panels, PRICED)
+    return (
+        f"Measured at another time, priced trees gained {said}; of the {answers} answers that both have, the speed-up "
+        f"differs by {median:.1%} (median) and at most {most:.0%}."
+    )
 
 
 def over_fixed(rows: Sequence[Row], length: str, temperature: float, kind: str) -> float:
@@ -393,11 +399,11 @@ def _judge_tables(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     small, trained, wide = (accepted(sweep, f"{PAPERS},top_k={chunks}") for chunks in (2, 32, 64))
     return (
         "All on GovReport at temperature 0, end to end, means of the prompts' own ratios. Table 4, one part each over "
-        f"standard (4 prompts per length):\n\n{beside_table_4(panels)}\n\n"
+        f"standard ({_prompts(panels, *PARTS)} per length):\n\n{beside_table_4(panels)}\n\n"
         "Each part alone mends one thing, reading the prompt, verification or the draft, and the others then cost as "
         "much as before; here standard is captured in CUDA graphs, so that dense attention is nearly all it costs. "
         "From 4K on all parts together gain more than the parts' gains multiplied.\n"
-        f"Table 3, other methods over transformers' eager decoding (one prompt per length):\n\n"
+        f"Table 3, other methods over transformers' eager decoding ({_prompts(panels, NAIVE)} per length):\n\n"
         f"{beside_table_3(panels)}\n\n"
         "Most is won before anything is speculated: our loop is captured in CUDA graphs, Hugging Face's is not. "
         "MagicDec and TriForce draft with the large target itself, whose weights cost as much for a draft as for a "
@@ -408,6 +414,13 @@ def _judge_tables(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         f"2,048 {wide:.2f}, more than this draft was trained for. What a refresh costs (table 7): "
         "[on a GPU](tables/gpu.md), [on a CPU](tables/analyses.md)."
     )
+
+
+def _prompts(panels: Sequence[Panel], *arms: str) -> str:
+    """How many prompts of a length were answered by such arms."""
+    counts = Counter(panel.bucket for panel in panels if any(arm in panel.arms for arm in arms))
+    few, many = min(counts.values()), max(counts.values())
+    return f"{few} prompts" if few == many else f"{few} to {many} prompts"
 
 
 def _judge_long(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
@@ -456,6 +469,29 @@ def _judge_bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
         f"16K and temperature 0.8 a small cache gives it {ours['accepted']['mean'] / full['accepted']['mean']:.1f} "
         f"times as much, and decodes at {_speed(ours)} of AR, with priced trees at {_speed(priced)} ({few} to {many} "
         "prompts per length)."
+    )
+
+
+def _judge_long_inputs(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
+    figures = pooled(figures_of([panel for panel in panels if panel.bucket == "32K"]))
+    standard = _row(figures, STANDARD, "32K", 0.8)
+    timings = [
+        [panel.arms[arm].timing.prefill_s for panel in panels if arm in panel.arms and panel.bucket == "32K"]
+        for arm in (STANDARD, PAPERS)
+    ]
+    more = {}
+    for length in ("32K", "128K"):
+        at = [panel for panel in panels if (panel.bucket, panel.temperature) == (length, 0.8)]
+        more[length] = accepted(at, PAPERS) / accepted(at, FULL)
+    dense, flash = (sum(sum(one.values()) for one in there) / len(there) for there in timings)
+    return (
+        "The bundled target, learned on for four minutes at eight times its positions (`-m bundled_128k`), with the "
+        "head of the target that it was. Beside the paper's table 6 (Llama-3.1-8B, EAGLE, PG-19):\n\n"
+        f"{beside_table_6(panels)}\n\n"
+        f"Sampled, a small cache accepts {more['32K']:.1f} and {more['128K']:.1f} times as much as a full one, with "
+        "which 128K decode slower than AR. Standard was measured at 32K alone: dense attention reads that in "
+        f"{dense:.1f} s (FlashAttention: {flash:.1f}), and decodes at {_speed(standard)} of AR (0.8). At temperature 0 "
+        "every answer ends in a loop."
     )
 
 
@@ -508,21 +544,26 @@ def _judge_published_cpu(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     )
 
 
-def _published(head: str) -> tuple[str, ...]:
-    return tuple(f"h200/smollm2/smollm2_{head}{part}.jsonl" for part in ("", "_1K", "_t0", "_t0_1K_4K"))
+def _published(*parts: str) -> tuple[str, ...]:
+    return tuple(f"h200/smollm2/smollm2_{head}.jsonl" for head in parts)
 
 
-CLASSIC = tuple(f"h200/classic/classic_{lengths}.jsonl" for lengths in ("512", "1K_4K", "2K_8K", "16K"))
+CLASSIC = tuple(f"h200/classic/classic_{lengths}.jsonl" for lengths in ("1K_4K", "2K_8K", "16K"))
 CHAPTERS = (
     Chapter(
-        "A published model with an EAGLE-3 head", _published("eagle3"), {"smollm2_eagle3_t0.7": 0.7},
+        "A published model with an EAGLE-3 head",
+        _published("eagle3_standard_t0.7", "eagle3_t0", "eagle3_t0_1K_4K"), {"smollm2_eagle3_t0.7": 0.7},
         _judge_published,
         beside=Beside(
             "the paper's table 5 (Llama-3.1-8B with an EAGLE-3 head)", partial(table_5, "eagle3"),
-            ("h200/smollm2/smollm2_eagle3_standard.jsonl",),
+            _published("eagle3_standard"),
         ),
+        again="h200/smollm2/smollm2_eagle3.jsonl",
     ),
-    Chapter("The same with an EAGLE-1 head", _published("eagle1"), {}, _judge_published, (0.7,)),
+    Chapter(
+        "The same with an EAGLE-1 head", _published("eagle1", "eagle1_1K", "eagle1_t0", "eagle1_t0_1K_4K"), {},
+        _judge_published, (),
+    ),
     Chapter(
         "The bundled pair at the size of Vicuna-7B and 68M", CLASSIC, {"classic_t0.8": 0.8}, _judge_bundled,
         beside=Beside("the paper's table 2 (Vicuna-7B with Vicuna-68M)", partial(table_2, "vicuna_68m")),
@@ -530,17 +571,18 @@ CHAPTERS = (
     ),
     Chapter(
         "Each part alone, other methods, the working cache",
-        (*(f"h200/classic/{name}.jsonl" for name in ("ablation", "rivals", "sweep")), *CLASSIC[1:]), {}, _judge_tables,
+        (*(f"h200/classic/{name}.jsonl" for name in ("ablation", "rivals", "sweep")), *CLASSIC), {}, _judge_tables,
         (),
     ),
     Chapter(
         "The bundled target with its EAGLE-1 head at that size",
         ("h200/eagle1/eagle1_1K_4K.jsonl", "h200/eagle1/eagle1_2K_8K.jsonl", "h200/eagle1/eagle1_16K.jsonl"), {},
         _judge_bundled_head, (),
-        Beside(
-            "the paper's rows with an EAGLE head (table 2, Vicuna-7B)", partial(table_2, "eagle"),
-            ("h200/eagle1/eagle1_standard.jsonl",),
-        ),
+        Beside("the paper's rows with an EAGLE head (table 2, Vicuna-7B)", partial(table_2, "eagle")),
+    ),
+    Chapter(
+        "Inputs of 32K and 128K tokens", ("h200/long/long_32K.jsonl", "h200/long/long_128K.jsonl"), {},
+        _judge_long_inputs, (),
     ),
     Chapter("Long answers, with an EAGLE-3 head", ("h200/aime/aime24_eagle3.jsonl",), {}, _judge_long),
     Chapter(
@@ -548,11 +590,13 @@ CHAPTERS = (
         _judge_hard, (),
     ),
     Chapter(
-        "The published model on two CPU cores", ("cpu/smollm2/smollm2_cpu.jsonl",), {}, _judge_published_cpu,
+        "The published model on two CPU cores",
+        tuple(f"cpu/smollm2/smollm2_cpu{lengths}.jsonl" for lengths in ("", "_4K")), {}, _judge_published_cpu,
     ),
     Chapter(
-        "The bundled pair on two CPU cores", ("cpu/policy/policy.jsonl", "cpu/policy/policy_8K_16K.jsonl"), {},
-        _judge_cpu, (0.8,), again="cpu/policy/policy_first.jsonl",
+        "The bundled pair on two CPU cores",
+        tuple(f"cpu/policy/policy{lengths}.jsonl" for lengths in ("", "_8K", "_16K")), {}, _judge_cpu, (0.8,),
+        again="cpu/policy/policy_before.jsonl",
     ),
 )  # fmt: skip
 

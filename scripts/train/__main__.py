@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from eagle.weights import save_head
 from scripts.train import measure
-from scripts.train.card import write_card, write_head_card
+from scripts.train.card import write_card, write_head_card, write_longer_card
 from scripts.train.corpus import (
     BOS_ID,
     EOS_ID,
@@ -143,6 +143,9 @@ def main() -> None:
             for kind in run.heads if stage == "heads" and args.target else []:
                 card = write_head_card(kind, run.record.sections)
                 (getattr(run.layout, kind) / "README.md").write_text(card, encoding="utf-8")
+            if stage == "longer":
+                card = write_longer_card(run.record.sections)
+                (run.layout.target / "README.md").write_text(card, encoding="utf-8")
             if run.record.is_finished("measure"):
                 (run.layout.out / "README.md").write_text(write_card(run.record.sections), encoding="utf-8")
     except Paused as paused:

@@ -96,6 +96,48 @@ It speeds its target up and changes nothing of what that writes. What text it le
 """
 
 
+LONGER_CARD = """---
+license: apache-2.0
+pipeline_tag: text-generation
+---
+# {target} at {long_context:,} positions
+
+Its weights learned on, at stretched (linear) RoPE, on rows of {long_context:,} tokens from documents as long. Drafts
+and heads of {target} fit it. Written by `scripts.train`; the numbers come from `training_record.json`.
+
+| parameters | M tokens | rows | seconds | device | torch |
+|---|---|---|---|---|---|
+| {parameters:,} | {m_tokens:.1f} | {rows:,} | {seconds:.0f} | {device} | {torch} |
+
+Nats per token on held-out text of that length: {first_loss:.2f} after {first_seconds:.0f} s, {last_loss:.2f} at the end
+
+## Limits
+It holds long inputs; it understands no more than the model that it was. What that one learned from, its own card says.
+
+{data}
+"""
+
+
+def write_longer_card(record: dict) -> str:
+    """The card of a target at more positions, out of a finished record."""
+    training, environment = record["longer"]["training"], record["longer"]["environment"]
+    (phase,) = training["phases"].values()
+    first, last = training["validation"][0], training["validation"][-1]
+    return LONGER_CARD.format(
+        **record["settings"],
+        parameters=record["longer"]["parameters"],
+        m_tokens=phase["tokens"] / 1e6,
+        rows=phase["steps"] * phase["batch"],
+        seconds=phase["seconds"],
+        device=environment["device"],
+        torch=environment["torch"],
+        first_loss=first["loss"],
+        first_seconds=first["seconds"],
+        last_loss=last["loss"],
+        data=_data(record["tokenizer"]),
+    )
+
+
 def write_head_card(kind: str, record: dict) -> str:
     """The card of one head, out of a finished record."""
     settings, head, answers = record["settings"], record[kind], record["answers"]

@@ -1,4 +1,4 @@
-"""Models by name: the paper's pairs and the bundled pair."""
+"""Models by name: the paper's pairs and those that ship."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from specextend.models import gguf
 from specextend.models.checkpoints import HUB_ID, find_checkpoint, local_directory
 
 BUNDLED_DIR = Path(__file__).resolve().parent / "bundled"
+LONG_DIR = BUNDLED_DIR.parent / "bundled_128k"  # the bundled target at eight times its positions
 HEADS_DIR = BUNDLED_DIR.parent / "heads"  # of targets that lie elsewhere
 
 
@@ -57,6 +58,7 @@ PRESETS = {
     preset.name: preset
     for preset in (
         Preset("bundled", str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), temperature=0.5),
+        Preset("bundled_128k", str(LONG_DIR), str(BUNDLED_DIR / "draft"), temperature=0.5),
         Preset("vicuna_7b", "lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         Preset("longchat_7b", "lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),
         Preset("llama31_8b", "meta-llama/Llama-3.1-8B-Instruct", None, "chat"),
@@ -113,5 +115,5 @@ def public_id(model_id: str) -> str:
     if local_directory(model_id) is None:
         return model_id
     path = Path(model_id).expanduser().resolve()
-    ships = any(path.is_relative_to(folder) for folder in (BUNDLED_DIR, HEADS_DIR))
+    ships = any(path.is_relative_to(folder) for folder in (BUNDLED_DIR, LONG_DIR, HEADS_DIR))
     return path.relative_to(BUNDLED_DIR.parent).as_posix() if ships else model_id

@@ -6,6 +6,7 @@ These tests fail when the weights are missing; they are never skipped.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import eagle
+from scripts.train.card import write_longer_card
 from specextend import SpecExtend
 from specextend.config import SamplingConfig, SpecExtendConfig, TreeConfig
 from specextend.data.builtin import builtin_text
 from specextend.decoding.output import Generation
 from specextend.evaluation.plan import public_name
-from specextend.models.presets import BUNDLED_DIR, public_id
+from specextend.models.presets import BUNDLED_DIR, LONG_DIR, public_id
 
 pytestmark = pytest.mark.xdist_group("bundled")  # long prompts are answered once for several tests
 NEW = 32
@@ -147,3 +149,21 @@ def test_the_bundled_models_have_one_name_however_their_folder_is_given(name, mo
     for given in (str(BUNDLED_DIR / name), f"bundled/{name}", f"../models/bundled/{name}"):
         assert public_id(given) == public_name(given) == f"bundled/{name}"
     assert public_id("org/model") == "org/model" and public_name("none") == "none"
+
+
+# ---- at eight times its positions
+
+
+def test_the_longer_target_holds_long_inputs_and_takes_the_same_drafts(document):
+    loaded = eagle.load_models("bundled_128k", device="cpu")
+    assert loaded.limit > 2**17 and (loaded.target_id, loaded.draft_id) == ("bundled_128k", "bundled/eagle3")
+    for engine in (SpecExtend(loaded), SpecExtend.from_pretrained("bundled_128k", device="cpu")):
+        alone = engine.autoregressive(document, NEW).token_ids
+        answer = engine.with_config(SPECEXTEND).generate(document, NEW)
+        assert answer.token_ids == alone and answer.accepted_per_round > 1
+
+
+def test_the_longer_targets_card_is_written_from_its_record():
+    assert (LONG_DIR / "model.safetensors").stat().st_size < 30_000_000
+    record = json.loads((LONG_DIR / "training_record.json").read_text())
+    assert (LONG_DIR / "README.md").read_text() == write_longer_card(record)

@@ -20,7 +20,7 @@ from specextend.models.checkpoints import check_supported, find_checkpoint, read
 from specextend.models.loading import load_models, load_tokenizer
 from specextend.models.placement import check_placement, choose_device, choose_dtype
 from specextend.models.positions import position_limit
-from specextend.models.presets import BUNDLED_DIR, PRESETS, find_preset
+from specextend.models.presets import BUNDLED_DIR, LONG_DIR, PRESETS, find_preset
 
 SIZES = {
     "hidden_size": 32,
@@ -239,8 +239,8 @@ def plain_inv_freq(config: dict, theta: float = 10000.0) -> torch.Tensor:
 
 def test_presets_name_the_published_checkpoints():
     pairs = {name: (preset.target, preset.draft, preset.template) for name, preset in PRESETS.items()}
-    bundled = pairs.pop("bundled")
-    assert bundled == (str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), None)
+    assert pairs.pop("bundled") == (str(BUNDLED_DIR / "target"), str(BUNDLED_DIR / "draft"), None)
+    assert pairs.pop("bundled_128k") == (str(LONG_DIR), str(BUNDLED_DIR / "draft"), None)
     assert pairs == {
         "vicuna_7b": ("lmsys/vicuna-7b-v1.5-16k", "double7/vicuna-68m", "vicuna_v1.1"),
         "longchat_7b": ("lmsys/longchat-7b-16k", "JackFram/llama-68m", "vicuna_v1.1"),

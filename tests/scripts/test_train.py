@@ -262,6 +262,8 @@ def test_a_target_learns_on_at_more_positions(run_script, trained: Path, corpus:
     assert longer.config.rope_parameters["factor"] == 2 * before.config.rope_parameters["factor"]
     assert longer.generation_config.eos_token_id == before.generation_config.eos_token_id
     assert not torch.equal(longer.model.layers[0].mlp.up_proj.weight, before.model.layers[0].mlp.up_proj.weight)
+    card = (tmp_path / "out" / "target" / "README.md").read_text()
+    assert "at 1,024 positions" in card and f"{longer.num_parameters():,} |" in card and "{" not in card
     record = json.loads((tmp_path / "out" / "training_record.json").read_text())["longer"]["training"]
     first = record["curve"][0]
     assert first["loss"] < np.log(TINY["vocab_size"]) and record["phases"]["longer"]["context"] == 1024
