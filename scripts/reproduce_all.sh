@@ -97,6 +97,7 @@ gpu() {
     local head
     "$python" scripts/prepare_data.py govreport pg19 booksum aime24 --root "$data"
     "$python" scripts/prepare_data.py govreport pg19 booksum --same_documents -m smollm2 --root "$data/smollm2"
+    "$python" scripts/prepare_data.py pg19 -m bundled_128k --lengths 32K 64K 128K --root "$data/long"
     arms() { # entry point, record, data sets, lengths, temperatures, arms, further flags
         local script=$1 record=$2 sets=$3 lengths=$4 temperatures=$5 arms=$6
         shift 6
@@ -120,6 +121,10 @@ gpu() {
     arms eval_classic.py classic/classic_t1.2 "$own" "1K 4K 16K" 1.2 "$ours $sooner" -max 200 --widen vicuna_7b
     arms eval_eagle.py eagle1/eagle1_1K_16K "$own" "1K 2K 4K 8K 16K" "0.8 0" "$standard $full $window $ours" \
         -max 200 --head eagle1 --widen vicuna_7b
+    arms eval_eagle.py long/long_32K "$data/long/pg19" 32K "0.8 0" "$standard $full $window $ours" \
+        -max 200 -m bundled_128k --head eagle3 --widen llama31_8b
+    arms eval_eagle.py long/long_64K_128K "$data/long/pg19" "64K 128K" "0.8 0" "$full $window $ours" \
+        -max 200 -m bundled_128k --head eagle3 --widen llama31_8b
     arms eval_eagle.py aime/aime24_eagle3 "$data/aime24" all 0.5 "$full $ours" -max 8000 --head eagle3 --widen llama31_8b
     if [ ! -e "$out/prefix.json" ]; then
         "$python" -m scripts.bench.prefix --widen vicuna_7b --dtype float16 --output "$out/prefix.json"

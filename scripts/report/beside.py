@@ -20,11 +20,11 @@ TABLE_4 = "table4_ablation_govreport_vicuna_7b_68m"
 TABLE_5 = "table5_llama31_8b_govreport (rows whose digits are legible)"
 TABLE_6 = "table6_llama31_8b_eagle_pg19_long"
 TABLE_8 = "table8_tokens_per_s_govreport_8K"
-ALONE, NAIVE = "AR", "autoregressive_hf"
+ALONE, NAIVE, MAGICDEC = "AR", "autoregressive_hf", "magicdec"
 RIVALS = {  # an arm, its name in the paper's table 3 and here
     ALONE: ("FlashDecoding", "AR, ours (the paper's: FlashDecoding)"),
     "triforce": ("TriForce", "TriForce"),
-    "magicdec": ("MagicDec", "MagicDec"),
+    MAGICDEC: ("MagicDec", "MagicDec"),
     STANDARD: ("Standard", "standard"),
     PAPERS: ("Standard+SpecExtend", "SpecExtend"),
 }
@@ -79,6 +79,11 @@ def accepted(panels: Sequence[Panel], arm: str) -> float:
     """Draft tokens per round, all rounds of all prompts together, as the paper counts."""
     rounds = [kept for panel in panels for kept in panel.arms[arm].accepted]
     return sum(rounds) / len(rounds)
+
+
+def decoding_over_alone(panels: Sequence[Panel], arm: str) -> Interval:
+    """Decoding speed of an arm over AR's, the prompts' own ratios."""
+    return interval(np.array([_over_alone(panel, arm) for panel in panels]))
 
 
 def over_standard(panels: Sequence[Panel], arm: str, speed: str = "tokens_per_s") -> Interval:
@@ -158,7 +163,7 @@ def beside_table_6(panels: Sequence[Panel]) -> str:
             f"{cell(accepted(at, FULL))} → {cell(accepted(at, PAPERS))}, {cell(accepted(at, PRICED))}"
         )
         for arm, name in ((FULL, "full cache"), (PAPERS, "SpecExtend"), (PRICED, "priced trees")):
-            line[f"decoding over AR: {name}"] = shown(interval(np.array([_over_alone(panel, arm) for panel in at])))
+            line[f"decoding over AR: {name}"] = shown(decoding_over_alone(at, arm))
         lines[f"{length}, {-negative:g}"] = line
     return lines_of(lines, "length, temperature")
 
