@@ -157,8 +157,8 @@ def beside_table_6(panels: Sequence[Panel]) -> str:
     cells = sorted({(panel.bucket, -panel.temperature) for panel in panels}, key=lambda at: (nominal_tokens(at[0]), at))
     for length, negative in cells:
         at = [panel for panel in panels if (panel.bucket, panel.temperature) == (length, -negative)]
-        theirs = [papers[length, ours]["tau"] for ours in (False, True) if (length, ours) in papers]
-        line = {"prompts": str(len(at)), "accepted: paper": " → ".join(f"{tau:.2f}" for tau in theirs)}
+        theirs = [f"{papers[length, ours]['tau']:.2f}" if (length, ours) in papers else "–" for ours in (False, True)]
+        line = {"prompts": str(len(at)), "accepted: paper": " → ".join(theirs)}
         line["accepted: full cache → SpecExtend, priced trees"] = (
             f"{cell(accepted(at, FULL))} → {cell(accepted(at, PAPERS))}, {cell(accepted(at, PRICED))}"
         )

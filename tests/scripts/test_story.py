@@ -78,7 +78,7 @@ def test_threats_name_how_many_prompts_there_are():
     apart = (HARD, LONG, INPUTS, TABLES)
     cells = [(chapter, row) for chapter in story.CHAPTERS if chapter not in apart for row in rows_of(chapter)[1]]
     counts = [row["prompts"] for chapter, row in cells if (chapter, row["length"]) != (CPU, "16K")]
-    assert {row["prompts"] for chapter, row in cells if (chapter, row["length"]) == (CPU, "16K")} == {8}
+    assert {row["prompts"] for chapter, row in cells if (chapter, row["length"]) == (CPU, "16K")} == {5}
     random, _ = hard()
     alone, rivals, sweep = (pooled(figures_of(read_panels(RESULTS / name)[1])) for name in TABLES.journals[:3])
     few = [{row["prompts"] for row in rows} for rows in (random, sweep, rows_of(LONG)[1], alone)]
@@ -202,7 +202,7 @@ def test_on_two_cores_the_published_model_gains_and_writes_what_autoregressive_d
     panels, rows = rows_of(PUBLISHED_CPU)
     assert all(answer.equal_to_autoregressive for panel in panels for answer in panel.arms.values())
     for temperature in (0.7, 0.0):
-        assert all(speed(rows, arms.PRICED, length, temperature)["low"] > 1 for length in ("512", "2K"))
+        assert all(speed(rows, arms.PRICED, length, temperature)["low"] > 1 for length in ("512", "2K", "4K"))
         # "more than its trees earn"
         assert judgements.row_of(rows, "standard:tree=price", "2K", temperature)["speedup"]["high"] < 1
 
@@ -214,7 +214,10 @@ def test_on_two_cores_a_fixed_tree_is_slower_than_autoregressive_decoding_when_s
     for row in [*rows, *first]:
         if row["temperature"] == 0.8:
             found = row["speedup_decode"]
-            assert (found["high"] > 1 and found["mean"] > 0.97) if row["arm"] == arms.PRICED else found["mean"] < 1
+            if row["arm"] == arms.PRICED:
+                assert found["high"] > 1 and found["mean"] > 0.97
+            else:
+                assert found["mean"] < 1 or row["length"] == "16K"  # "up to 8K"
 
 
 def test_every_journal_of_several_arms_has_a_page_that_the_report_leads_to():
