@@ -247,7 +247,7 @@ def published_cpu(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
     whole = [row_of(rows, "standard:tree=price", "2K", temperature)["speedup"]["mean"] for temperature in (0.7, 0.0)]
     greedy = ", ".join(f"{speed_of(row_of(rows, PRICED, at, 0.0))} at {at}" for at in ("512", "2K", "4K"))
     return (
-        f"At temperature 0 priced trees decode at {greedy}; 4K were measured on faster cores. Every answer is AR's, token "
-        f"for token. The slowest prompt decodes at {least:.2f} of AR. Reading 2K with "
+        f"At temperature 0 priced trees decode at {greedy}; 4K were measured on faster cores. Every answer is AR's, "
+        f"token for token. The slowest prompt decodes at {least:.2f} of AR. Reading 2K with "
         f"dense attention costs standard more than its trees earn: {whole[0]:.2f} and {whole[1]:.2f} of AR end to end."
     )
