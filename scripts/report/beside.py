@@ -154,9 +154,9 @@ def beside_table_6(panels: Sequence[Panel]) -> str:
     """Inputs beyond 16K: accepted drafts, and decoding over AR, by length and temperature."""
     papers = _by_length(paper()[TABLE_6])
     lines: dict[str, dict[str, str]] = {}
-    cells = sorted({(panel.bucket, -panel.temperature) for panel in panels}, key=lambda at: (nominal_tokens(at[0]), at))
-    for length, negative in cells:
-        at = [panel for panel in panels if (panel.bucket, panel.temperature) == (length, -negative)]
+    cells = {(panel.bucket, panel.temperature) for panel in panels}
+    for length, temperature in sorted(cells, key=lambda one: (nominal_tokens(one[0]), -one[1])):
+        at = [panel for panel in panels if (panel.bucket, panel.temperature) == (length, temperature)]
         theirs = [f"{papers[length, ours]['tau']:.2f}" if (length, ours) in papers else "–" for ours in (False, True)]
         line = {"prompts": str(len(at)), "accepted: paper": " → ".join(theirs)}
         line["accepted: full cache → SpecExtend, priced trees"] = (
@@ -164,7 +164,7 @@ def beside_table_6(panels: Sequence[Panel]) -> str:
         )
         for arm, name in ((FULL, "full cache"), (PAPERS, "SpecExtend"), (PRICED, "priced trees")):
             line[f"decoding over AR: {name}"] = shown(decoding_over_alone(at, arm))
-        lines[f"{length}, {-negative:g}"] = line
+        lines[f"{length}, {temperature:g}"] = line
     return lines_of(lines, "length, temperature")
 
 

@@ -45,7 +45,6 @@ def kept(rows: Sequence[Row], arm: str, length: str, short: str, temperature: fl
 
 
 def published(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    rows = rows or pooled(figures_of(panels))
     at = [panel for panel in panels if panel.bucket == "8K" and panel.temperature == 0.7]
     tie = paired_difference(at, PAPERS, WINDOW, "accepted")
     full, ours, priced = (row_of(rows, arm, "8K", 0.7) for arm in (FULL, PAPERS, PRICED))
@@ -178,7 +177,7 @@ def by_output(panels: Sequence[Panel]) -> str:
 
 
 def bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    sampled = [row for row in pooled(figures_of(panels)) if row["temperature"] == 0.8]
+    sampled = [row for row in rows if row["temperature"] == 0.8]
     full, ours, priced = (row_of(sampled, arm, "16K", 0.8) for arm in (FULL, PAPERS, PRICED))
     few, many = (choose(row["prompts"] for row in sampled) for choose in (min, max))
     return (
@@ -190,8 +189,7 @@ def bundled_head(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
 
 
 def long_inputs(panels: Sequence[Panel], rows: Sequence[Row]) -> str:
-    figures = pooled(figures_of([panel for panel in panels if panel.bucket == "32K"]))
-    standard = row_of(figures, STANDARD, "32K", 0.8)
+    standard = row_of(rows, STANDARD, "32K", 0.8)
     timings = [
         [panel.arms[arm].timing.prefill_s for panel in panels if arm in panel.arms and panel.bucket == "32K"]
         for arm in (STANDARD, PAPERS)

@@ -30,7 +30,9 @@ FIGURES_BY = [*PART, "length", "method"]
 STANDARD, SPECEXTEND = "standard", "specextend"
 PAIR = (STANDARD, SPECEXTEND)
 LEADS = ["avg_accept_length", "speedup_decode", "speedup"]
-NAMED_SINCE = {"8cb513595f510320": "bundled_128k"}  # by their weights, models that were measured before they had a name
+NAMED_SINCE = {
+    "8cb513595f510320": ("target", "bundled_128k")
+}  # by their weights: models measured before they had a name
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, SpecExtendError)
 
 
@@ -116,8 +118,8 @@ def place_of(setting: dict[str, Any], environment: dict[str, Any]) -> str:
 def models_and_place(setting: dict[str, Any], environment: dict[str, Any]) -> str:
     """Target, draft, dtype and processor, as a title begins."""
     model = setting["model"]
-    if name := NAMED_SINCE.get(setting.get("weights", {}).get("target", "")):
-        model = name + model.removeprefix(setting["target"].split(" widened")[0])
+    if names := NAMED_SINCE.get(setting.get("weights", {}).get("target", "")):
+        model = model.replace(*names, 1)
     return f"{model} with {setting['draft']}, {setting['dtype']}, {place_of(setting, environment)}"
 
 

@@ -100,9 +100,10 @@ class Chapter:
         journals: under the results; lengths of all of them stand in one table.
         figures: temperatures by names under `figures/`, without their ends.
         judge: sentences out of the rows of all data sets together.
-        temperatures: those that have a table of all arms here; None: all. Without any, journals may differ in arms.
+        temperatures: those that have a table of all arms here; None: all.
         beside: a table of the paper.
-        again: a journal of the same prompts at another time.
+        again: journals of the same prompts at another time.
+        mixed: journals have other arms each at the same length, so that there are no figures of all together.
         beside_vllm: vLLM has decoded this pair on such a machine, too; the README shows the lengths of both.
     """
 
@@ -112,13 +113,13 @@ class Chapter:
     judge: Callable[[Sequence[Panel], Sequence[Row]], str]
     temperatures: tuple[float, ...] | None = None
     beside: Beside | None = None
-    again: str = ""
+    again: tuple[str, ...] = ()
+    mixed: bool = False
     beside_vllm: bool = False
 
     @property
     def all_journals(self) -> tuple[str, ...]:
-        others = (self.beside.journals if self.beside else ()) + ((self.again,) if self.again else ())
-        return self.journals + others
+        return self.journals + (self.beside.journals if self.beside else ()) + self.again
 
 
 def sections(results: Path) -> Iterator[str]:
@@ -202,8 +203,8 @@ def _read(results: Path, journals: Sequence[str]) -> tuple[dict[str, Any], list[
 
 
 def rows_of(chapter: Chapter, panels: Sequence[Panel]) -> list[Row]:
-    """Figures of all data sets together; none where nothing is tabled, since journals may have other arms each."""
-    return [] if chapter.temperatures == () else pooled(figures_of(panels))
+    """Figures of all data sets together; none where journals have other arms each."""
+    return [] if chapter.mixed else pooled(figures_of(panels))
 
 
 def _renamed(arms: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def _beside(results: Path, beside: Beside, panels: Sequence[Panel]) -> tuple[str
 
 def measured_before(results: Path, chapter: Chapter, panels: Sequence[Panel]) -> str:
     """What priced trees gained when the same prompts were measured at another time, and how far prompts are apart."""
-    _, before = _read(results, (chapter.again,))
+    _, before = _read(results, chapter.again)
     rows = [row for row in pooled(figures_of(before)) if row["arm"] == PRICED]
     highest = max(row["temperature"] for row in rows)
     there = sorted(
@@ -280,13 +281,13 @@ def measured_before(results: Path, chapter: Chapter, panels: Sequence[Panel]) ->
 def fixed_trees(results: Path) -> Iterator[str]:
     """Sections of a page of its own, priced trees beside fixed ones; nothing where no such journals are there."""
     chapters = {chapter.judge: chapter for chapter in told(results)}
-    if chapter := chapters.get(judgements.bundled):
-        manifest, panels = read_chapter(results, chapter)
+    if judgements.bundled in chapters and (results / SHORTEST).exists():
+        manifest, panels = _read(results, (SHORTEST, *CLASSIC))
         yield (
             f"{_about(manifest, panels)}\n\nDecoding over AR, mean of the prompts' own ratios, at temperature 0.8 and "
             "0: three trees of fixed bounds (50 nodes) and priced ones. *Alternating*: the prompts that were answered "
             "at both temperatures in turns, all tokens over all seconds, priced trees over the best of the fixed.\n\n"
-            f"{beside_fixed(panels, rows_of(chapter, panels))}"
+            f"{beside_fixed(panels, pooled(figures_of(panels)))}"
         )
     if chapter := chapters.get(judgements.hard):
         _, panels = read_chapter(results, chapter)
@@ -326,6 +327,7 @@ def _published(*parts: str) -> tuple[str, ...]:
 
 
 CLASSIC = tuple(f"h200/classic/classic_{lengths}.jsonl" for lengths in ("1K_4K", "2K_8K", "16K"))
+SHORTEST = "h200/classic/classic_512.jsonl"  # without standard: beside the fixed trees alone
 CHAPTERS = (
     Chapter(
         "A published model with an EAGLE-3 head",
@@ -335,7 +337,7 @@ CHAPTERS = (
             "the paper's table 5 (Llama-3.1-8B with an EAGLE-3 head)", partial(table_5, "eagle3"),
             _published("eagle3_standard"),
         ),
-        again="h200/smollm2/smollm2_eagle3.jsonl",
+        again=_published("eagle3"),
     ),
     Chapter(
         "The same with an EAGLE-1 head", _published("eagle1", "eagle1_1K", "eagle1_t0", "eagle1_t0_1K_4K"), {},
@@ -349,7 +351,7 @@ CHAPTERS = (
     Chapter(
         "Each part alone, other methods, the working cache",
         (*(f"h200/classic/{name}.jsonl" for name in ("ablation", "rivals", "sweep")), *CLASSIC), {}, judgements.tables,
-        (),
+        (), mixed=True,
     ),
     Chapter(
         "The bundled target with its EAGLE-1 head at that size",
@@ -364,7 +366,7 @@ CHAPTERS = (
     Chapter("Long answers, with an EAGLE-3 head", ("h200/aime/aime24_eagle3.jsonl",), {}, judgements.long_answers),
     Chapter(
         "What is hard for priced trees", ("h200/classic/random_draft.jsonl", "h200/classic/short_answers.jsonl"), {},
-        judgements.hard, (),
+        judgements.hard, (), mixed=True,
     ),
     Chapter(
         "The published model on two CPU cores",
@@ -374,7 +376,7 @@ CHAPTERS = (
     Chapter(
         "The bundled pair on two CPU cores",
         tuple(f"cpu/policy/policy{lengths}.jsonl" for lengths in ("", "_8K", "_16K")), {}, judgements.cpu, (0.8,),
-        again="cpu/policy/policy_before.jsonl",
+        again=("cpu/policy/policy_before.jsonl", "cpu/policy/policy_8K_16K.jsonl"),
     ),
 )  # fmt: skip
 

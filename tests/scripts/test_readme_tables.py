@@ -234,7 +234,12 @@ def test_what_was_measured_again_is_compared_prompt_by_prompt():
     for title, first, second, arm in (
         (published, [f"{folder}_t0.jsonl", f"{folder}_t0_1K_4K.jsonl"], [f"{folder}_standard.jsonl"], known.PAPERS),
         (published, [f"{folder}.jsonl"], [f"{folder}_standard_t0.7.jsonl"], known.PRICED),
-        ("The bundled pair on two CPU cores", ["cpu/policy/policy_before.jsonl"], CPU, known.PRICED),
+        (
+            "The bundled pair on two CPU cores",
+            ["cpu/policy/policy_before.jsonl", "cpu/policy/policy_8K_16K.jsonl"],
+            CPU,
+            known.PRICED,
+        ),
     ):
         before = {(one["prompt_sha256"], one["temperature"]): one for name in first for one in read(name)}
         changes = []
@@ -405,7 +410,7 @@ def test_priced_trees_beside_fixed_ones_are_means_of_the_prompts_ratios():
         "stop at 0.15": "specextend:nodes=50,max_depth=10,threshold=0.15",
         "12 levels, stop at 0.05": "specextend:nodes=50,max_depth=12,threshold=0.05",
     }  # fmt: skip
-    panels = [one for name in CLASSIC for one in read(name)]
+    panels = [one for name in ["h200/classic/classic_512.jsonl", *CLASSIC] for one in read(name)]
     for row in table:
         at = [one for one in panels if one["bucket"] == row["length"]]
         for temperature in ("0.8", "0"):
@@ -420,7 +425,7 @@ def test_priced_trees_beside_fixed_ones_are_means_of_the_prompts_ratios():
         }
         priced = rates.pop("priced")
         assert row["alternating: priced over the best"] == f"{priced / max(rates.values()):.2f}"
-    assert [row["length"] for row in table] == ["1K", "2K", "4K", "8K", "16K"]
+    assert [row["length"] for row in table] == ["512", "1K", "2K", "4K", "8K", "16K"]
 
 
 def test_what_the_readme_says_below_its_first_command_is_in_the_record():

@@ -28,7 +28,14 @@ def rows_of(chapter):
 def rows_by_title(title):
     chapter = next(one for one in story.CHAPTERS if one.title == title)
     _, panels = story.read_chapter(RESULTS, chapter)
-    return panels, [] if chapter == TABLES else pooled(figures_of(panels))  # whose journals have other arms each
+    return panels, story.rows_of(chapter, panels)
+
+
+@cache
+def with_the_shortest():
+    """The bundled pair at the size of 7B, 512 tokens with it."""
+    _, panels = story._read(RESULTS, (story.SHORTEST, *BUNDLED.journals))
+    return panels, pooled(figures_of(panels))
 
 
 def speed(rows, arm, length, temperature):
@@ -65,7 +72,8 @@ def test_at_the_size_of_7b_fast_attention_and_a_small_cache_mend_standard():
                 for arm in (arms.PAPERS, arms.FULL)
             ]
             assert kept[0] > (1.8 if length == "2K" else 2) * kept[1]
-    for length in LENGTHS:
+    _, rows = with_the_shortest()
+    for length in ("512", *LENGTHS):
         greedy, sampled = (
             speed(rows, arms.PRICED, length, temperature)["mean"]
             / speed(rows, arms.PAPERS, length, temperature)["mean"]
@@ -90,16 +98,18 @@ def test_threats_name_how_many_prompts_there_are():
 
 def test_what_is_said_of_the_bundled_head_counts_its_prompts():
     counts = {row["prompts"] for row in rows_of(HEAD)[1] if row["temperature"] == 0.8}
-    assert f"({min(counts)} to {max(counts)} prompts per length)" in HEAD.judge(rows_of(HEAD)[0], [])
+    assert f"({min(counts)} to {max(counts)} prompts per length)" in HEAD.judge(*rows_of(HEAD))
 
 
 def test_priced_trees_are_level_with_the_best_fixed_tree_of_three_and_above_it_where_text_changes():
-    panels, rows = rows_of(BUNDLED)
+    panels, rows = with_the_shortest()
     best = set()
-    for length in LENGTHS:
+    for length in ("512", *LENGTHS):
         for temperature in (0.8, 0.0):
             assert all(judgements.over_fixed(rows, length, temperature, kind) > 0.95 for kind in ("mean", "total"))
-            assert judgements.row_of(rows, arms.PRICED, length, temperature)["prompts"] >= 20
+            assert judgements.row_of(rows, arms.PRICED, length, temperature)["prompts"] >= (
+                16 if length == "512" else 20
+            )
             best.add(max(arms.FIXED, key=lambda arm: speed(rows, arm, length, temperature)["mean"]))  # noqa: B023
         fixed = max(judgements.alternating(panels, arm, length) for arm in arms.FIXED)
         assert judgements.alternating(panels, arms.PRICED, length) > fixed
@@ -128,16 +138,16 @@ def test_only_the_size_of_the_working_cache_matters():
 
 def test_methods_that_draft_with_the_target_itself_do_not_gain():
     panels = [one for one in rows_of(TABLES)[0] if "magicdec" in one.arms]
-    assert {panel.bucket for panel in panels} == set(LENGTHS)
+    assert {panel.bucket for panel in panels} == set(LENGTHS) and len(panels) == 18
     for panel in panels:
         alone = panel.autoregressive.timing.decode_tokens_per_s
         speeds = {arm: answer.timing.decode_tokens_per_s / alone for arm, answer in panel.arms.items()}
-        assert speeds["triforce"] < 0.35
         if panel.bucket == "16K":  # "until the context costs more"
-            assert 1 < speeds["magicdec"] < 1.3
-        else:
-            assert speeds["magicdec"] < 1.05
-        assert speeds["autoregressive_hf"] < 0.3  # "most is won before anything is speculated"
+            assert speeds["triforce"] < 0.35 and 1 < speeds["magicdec"] < 1.3 and speeds["autoregressive_hf"] < 0.3
+            continue
+        least = 0.95 if panel.bucket in ("1K", "8K") else 0.8  # where it rejects more, a step is paid for nothing
+        assert speeds["triforce"] < 0.3 and least < speeds["magicdec"] < 1.05
+        assert speeds["autoregressive_hf"] < 0.25  # "nearly all is won before anything is speculated"
 
 
 def test_standard_reads_a_prompt_as_fast_as_transformers_does_eagerly():
@@ -164,6 +174,9 @@ def test_beyond_16k_a_small_cache_keeps_what_a_full_one_loses():
         assert speed(rows, arms.PAPERS, length, 0.8)["low"] > 1
     assert speed(rows, arms.FULL, "128K", 0.8)["high"] < 1  # "slower than AR"
     assert {row["loops"] for row in rows if row["temperature"] == 0} == {1.0}  # "every answer ends in a loop"
+    record = json.loads((ROOT / "specextend/models/bundled_128k/training_record.json").read_text())
+    assert record["longer"]["training"]["budget_s"] == 240  # "four minutes"
+    assert record["settings"]["long_context"] // 16384 == 8  # "eight times its positions"
 
 
 def test_a_model_that_was_measured_before_it_had_a_name_has_it_in_titles():
@@ -210,7 +223,7 @@ def test_on_two_cores_the_published_model_gains_and_writes_what_autoregressive_d
 def test_on_two_cores_a_fixed_tree_is_slower_than_autoregressive_decoding_when_sampled_and_a_priced_one_is_not():
     panels, rows = rows_of(CPU)
     assert all(answer.equal_to_autoregressive for panel in panels for answer in panel.arms.values())
-    first = pooled(figures_of(read_panels(RESULTS / CPU.again)[1]))
+    first = pooled(figures_of(story._read(RESULTS, CPU.again)[1]))
     for row in [*rows, *first]:
         if row["temperature"] == 0.8:
             found = row["speedup_decode"]
