@@ -46,11 +46,11 @@ from specextend.models.loading import load_models
 pytestmark = pytest.mark.xdist_group("warm")  # and one training serves many of them
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = {  # a step counts as 0.2 s, as 1 s where heads are trained: a checkpoint after 50 steps, and after 10
+TINY = {  # a step counts as 0.2 s, as 1 s for heads: checkpoints after 50 steps, and 10; one batch is written, by no clock
     "vocab_size": 400, "validation_tokens": 6000, "num_facts": 50, "target_hidden": 32, "target_layers": 2,
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
-    "draft_batch": 4, "target_seconds": 30.0, "generation_seconds": 0.1, "generation_rows": 6, "generation_prompt": 32,
+    "draft_batch": 4, "target_seconds": 30.0, "generation_seconds": 0.0, "generation_rows": 6, "generation_prompt": 32,
     "draft_seconds": 14.0, "generation_answer": 64, "eagle_budget": 150, "eagle_lr": 3e-3, "eagle_batch": 4,
     "eagle_vocab": 200, "eagle_layers": "0,1,2", "eagle_steps": 3, "eagle_validations": 2, "warmup_steps": 5,
     "uncounted_steps": 2, "log_steps": 5, "validations": 2, "checkpoint_seconds": 10.0,
