@@ -46,7 +46,7 @@ from specextend.models.loading import load_models
 pytestmark = pytest.mark.xdist_group("warm")  # and one training serves many of them
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-TINY = {  # a step counts as 0.2 s, as 1 s for heads: checkpoints after 50 steps, and 10; one batch is written, by no clock
+TINY = {  # a step counts as 0.2 s, as 1 s for heads: checkpoints after 50 steps, and 10; one batch written, by no clock
     "vocab_size": 400, "validation_tokens": 6000, "num_facts": 50, "target_hidden": 32, "target_layers": 2,
     "target_heads": 2, "target_ffn": 48, "draft_hidden": 16, "draft_layers": 1, "draft_heads": 1, "draft_ffn": 24,
     "short_context": 128, "short_batch": 4, "long_context": 512, "long_batch": 1, "draft_context": 128,
